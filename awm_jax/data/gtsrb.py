@@ -1,0 +1,165 @@
+"""German Traffic Sign Recognition Benchmark: a TFDS builder for the official archives."""
+
+import csv
+import hashlib
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from awm_jax.data import tfds_arrays
+
+URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
+# md5 of the official files; checked after a download only, since a local copy may be repacked.
+ARCHIVES = {
+    "GTSRB_Final_Training_Images.zip": "f33fd80ac59bff73c82d25ab499e03a3",
+    "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
+    "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5",
+}
+COUNTS = {"train": 39_209, "test": 12_630}
+SIZE = 32
+
+
+def crop(image: Image.Image, row: dict[str, str]) -> Image.Image:
+    """Cuts out the region of interest and resizes it to 32x32, bilinearly.
+
+    Args:
+      image: the picture, of its original size or already resized.
+      row: its line of the CSV; ``Roi.*`` are in pixels of a ``Width`` x ``Height`` picture, so they
+        are scaled to the picture at hand.
+
+    Returns:
+      A 32x32 RGB picture.
+    """
+    x = image.size[0] / int(row["Width"])
+    y = image.size[1] / int(row["Height"])
+    box = (int(row["Roi.X1"]) * x, int(row["Roi.Y1"]) * y,
+           int(row["Roi.X2"]) * x, int(row["Roi.Y2"]) * y)
+    return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
+
+
+def _rows(archive: zipfile.ZipFile, member: str) -> list[dict[str, str]]:
+    """Lines of a semicolon-separated CSV inside an archive."""
+    return list(csv.DictReader(io.StringIO(archive.read(member).decode()), delimiter=";"))
+
+
+def _member(archive: zipfile.ZipFile, suffix: str) -> str:
+    """The one member that ends so, whatever folder it is packed in."""
+    found = [name for name in archive.namelist() if name.endswith(suffix)]
+    if len(found) != 1:
+        raise OSError(f"Expected one {suffix} in {archive.filename}, found {len(found)}.")
+    return found[0]
+
+
+def examples(folder: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
+    """Yields ``(name, png bytes, class)`` of every image of a split."""
+    if split == "train":
+        with zipfile.ZipFile(folder / "GTSRB_Final_Training_Images.zip") as archive:
+            tables = sorted(n for n in archive.namelist() if n.endswith(".csv"))
+            for table in tables:
+                for row in _rows(archive, table):
+                    name = f"{table.rsplit('/', 1)[0]}/{row['Filename']}"
+                    yield name, *_encoded(archive, name, row)
+        return
+    with zipfile.ZipFile(folder / "GTSRB_Final_Test_GT.zip") as truth:
+        rows = _rows(truth, _member(truth, "GT-final_test.csv"))
+    with zipfile.ZipFile(folder / "GTSRB_Final_Test_Images.zip") as archive:
+        parent = next(n for n in archive.namelist() if n.endswith(".ppm")).rsplit("/", 1)[0]
+        for row in rows:
+            name = f"{parent}/{row['Filename']}"
+            yield name, *_encoded(archive, name, row)
+
+
+def _encoded(archive: zipfile.ZipFile, name: str, row: dict[str, str]) -> tuple[bytes, int]:
+    """One cropped image as PNG bytes, and its class."""
+    buffer = io.BytesIO()
+    crop(Image.open(io.BytesIO(archive.read(name))), row).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue(), int(row["ClassId"])
+
+
+class Gtsrb(tfds.core.GeneratorBasedBuilder):
+    """43 classes of traffic signs, region of interest cropped, 32x32 RGB."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Region of interest cropped, then resized to 32x32."}  # noqa: RUF012
+    MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put {', '.join(ARCHIVES)} from {URL} into the directory."
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        """Features and provenance."""
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="German Traffic Sign Recognition Benchmark, cropped to 32x32.",
+            homepage="https://benchmark.ini.rub.de/gtsrb_news.html",
+            features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(SIZE, SIZE, 3)),
+                "label": tfds.features.ClassLabel(num_classes=43)}),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        """The official split."""
+        folder = pathlib.Path(dl_manager.manual_dir)
+        return {split: self._generate_examples(folder, split) for split in ("train", "test")}
+
+    def _generate_examples(self, folder, split):
+        """Encoded images as they are, so that nothing is decoded twice."""
+        for name, png, label in examples(folder, split):
+            yield name, {"image": png, "label": label}
+
+
+def prepare(folder: pathlib.Path, cache: pathlib.Path):
+    """Arrays of GTSRB from archives in ``folder``, downloaded if they are missing.
+
+    Args:
+      folder: where the three archives are, or are to be.
+      cache: where the prepared TFDS data set goes.
+
+    Returns:
+      ``(train_images, train_labels, test_images, test_labels)``.
+    """
+    for name, md5 in ARCHIVES.items():
+        path = folder / name
+        if not path.exists():
+            _download(name, md5, folder)
+        if not zipfile.is_zipfile(path):
+            raise OSError(f"{path} is no whole zip archive. Delete it and get it anew from {URL}.")
+    prepared = cache / "tfds"
+    arrays = tfds_arrays.prepare_and_read(Gtsrb, folder, prepared)
+    for split, labels in (("train", arrays[1]), ("test", arrays[3])):
+        if len(labels) != COUNTS[split]:
+            raise OSError(
+                f"Expected {COUNTS[split]} {split} images in {folder}, found {len(labels)}: the "
+                f"archives are not the whole of GTSRB. Get them anew from {URL}."
+            )
+    return arrays
+
+
+def _download(name: str, md5: str, folder: pathlib.Path) -> None:
+    """Fetches one archive to a temporary name, checks its sum, renames it."""
+    missing = (
+        f"Expected {name} in {folder}; it is not there and could not be downloaded. Download "
+        f"{', '.join(ARCHIVES)} from {URL} into {folder}, or name the directory that holds them "
+        "with --data_dir or AWM_DATA_DIR."
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(URL + name, timeout=10) as reply:
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                print(f"Downloading {URL + name} ...", flush=True)
+                shutil.copyfileobj(reply, file, 1 << 20)
+    except (urllib.error.URLError, OSError) as error:
+        raise FileNotFoundError(f"{missing} ({error})") from error
+    found = hashlib.md5(pathlib.Path(file.name).read_bytes()).hexdigest()
+    if found != md5:
+        os.unlink(file.name)
+        raise OSError(f"Expected {name} with md5 {md5}, the download has {found}. Try again.")
+    os.replace(file.name, folder / name)
+

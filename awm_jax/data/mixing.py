@@ -1,0 +1,35 @@
+"""Images made of two: more to learn from when there are only a few."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mix(key: jax.Array, images: jax.Array) -> jax.Array:
+    """A third of the images each: left alone, blended with a partner, cut together with one.
+
+    Blending is ``l x + (1 - l) x'`` with l uniform in [0, 1] (MixUp with alpha = 1); cutting takes
+    the columns left of a uniform position from x and the rest from x' (CutMix along one axis). No
+    label is returned: the result is for matching another network's outputs.
+
+    Args:
+      key: PRNG key.
+      images: ``[B, H, W, C]``.
+
+    Returns:
+      ``[B, H, W, C]``, within the range of the input.
+
+    Example:
+      >>> mix(jax.random.key(0), jnp.ones((4, 8, 8, 3))).shape
+      (4, 8, 8, 3)
+
+    Reference: Zhang et al. 2018 (MixUp), Yun et al. 2019 (CutMix).
+    """
+    key_partner, key_share, key_cut, key_kind = jax.random.split(key, 4)
+    count, width = images.shape[0], images.shape[2]
+    partners = images[jax.random.permutation(key_partner, count)]
+    share = jax.random.uniform(key_share, (count, 1, 1, 1), images.dtype)
+    blended = share * images + (1 - share) * partners
+    position = jax.random.randint(key_cut, (count, 1, 1, 1), 0, width)
+    cut = jnp.where(jnp.arange(width).reshape(1, 1, width, 1) < position, images, partners)
+    kind = jax.random.randint(key_kind, (count, 1, 1, 1), 0, 3)
+    return jnp.where(kind == 0, images, jnp.where(kind == 1, blended, cut))

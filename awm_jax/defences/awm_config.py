@@ -1,0 +1,204 @@
+"""Settings of Adversarial Weight Masking: the project's own, the paper's and its published code's."""
+
+import dataclasses
+
+from awm_jax import validate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every constant of one run, resolved; hashable, so `jit` treats it as static.
+
+    Args:
+      epochs: alternations of the two phases.
+      inner_steps: trigger steps an epoch.
+      outer_steps: mask steps an epoch.
+      batch_size: images a step.
+      alpha: weight of the clean loss in [0, 1]; the triggered loss weighs ``1 - alpha``.
+      gamma: weight of ``||m||_1``, >= 0.
+      taus: L1 bounds of the trigger, taken in turn epoch by epoch, each > 0.
+      inner_lr: step length of the trigger.
+      outer_lr: Adam's rate for the masks.
+      decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
+      layers: what is masked, as `awm_jax.masks.init` takes it.
+      objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network's outputs).
+      inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
+      normalised: divide each trigger gradient by its L2 norm.
+      sparse: nearest point of the L1 ball after every step, not one rescaling after the last.
+      clamp_inner: clip ``x + delta`` to [0, 1] in the trigger phase.
+      clamp_outer: clip it in the mask phase.
+      augment: fresh crops (and flips) and MixUp/CutMix of every minibatch.
+      flip: horizontal flips keep the label.
+      copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
+    """
+
+    epochs: int
+    inner_steps: int
+    outer_steps: int
+    batch_size: int
+    alpha: float
+    gamma: float
+    taus: tuple[float, ...]
+    inner_lr: float
+    outer_lr: float
+    decay_epoch: int
+    layers: str | tuple[str, ...]
+    objective: str
+    inner_target: str
+    normalised: bool
+    sparse: bool
+    clamp_inner: bool
+    clamp_outer: bool
+    augment: bool
+    flip: bool
+    copies: int
+
+
+_SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
+           "sparse": False, "clamp_inner": False, "augment": False}
+
+# What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
+VARIANTS: dict[str, dict] = {
+    "distilled": {
+        **_SHARED, "epochs": 32, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
+        "taus": (50.0, 100.0, 200.0, 400.0), "inner_lr": 1.0, "objective": "distil",
+        "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
+        "clamp_outer": True, "augment": True,
+    },
+    "paper": {
+        **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
+        "taus": (1000.0,), "objective": "labels", "inner_target": "labels", "clamp_outer": False,
+    },
+    "official": {
+        **_SHARED, "epochs": 20, "alpha": 0.99, "taus": (100.0,), "objective": "labels",
+        "inner_target": "own", "clamp_outer": True,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AWMConfig:
+    """How to run Adversarial Weight Masking; None takes the variant's own value.
+
+    The variants:
+
+    * ``'distilled'``, the default: the masked network is asked to give, on the augmented clean
+      images with and without the trigger, the outputs that the suspect network gives without it; the
+      trigger is found by normalised steps, each followed by projection onto the L1 ball, so it is
+      sparse; its bound runs through four sizes, epoch by epoch. Half the epochs in, Adam's rate
+      falls to a tenth.
+    * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
+      gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
+      the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
+      plus before the mask's; both are read as misprints.)
+    * ``'official'``: the published code as its README runs it one-shot: the trigger moves the
+      network away from its own predictions, images are clipped in the mask phase only, ``tau`` =
+      100, ``alpha`` = .99, batches of 32, ``5 * (n // 32)`` steps a phase, 20 epochs, one rate.
+
+    Args:
+      variant: ``'distilled'``, ``'paper'`` or ``'official'``.
+      epochs: alternations, >= 1.
+      inner_steps: trigger steps an epoch, >= 1.
+      outer_steps: mask steps an epoch, >= 1.
+      batch_size: images a step, >= 1; never more than there are images unless they are augmented.
+      alpha: weight of the clean loss, in [0, 1]; beta is ``1 - alpha``.
+      gamma: weight of the masks' L1 norm, >= 0.
+      tau: L1 bound of the trigger for 32x32x3 images (or several, taken in turn), each > 0, in
+        intensity summed over pixels and channels; scaled by the number of pixels for other sizes.
+      inner_lr: step length of the trigger, > 0.
+      outer_lr: Adam's rate, > 0.
+      layers: ``'conv'``, ``'all'`` or a tuple of layer names.
+      flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
+      copies: fixed augmented copies of each image added beforehand, >= 0 (the paper's one-shot
+        CIFAR-10 runs use 9).
+
+    Raises:
+      ValueError: a value outside its range.
+
+    Example:
+      >>> AWMConfig(variant='paper').resolve(43, (32, 32, 3)).batch_size
+      16
+
+    Reference: AWM paper, Algorithm 1, section 5 and appendix A.
+    """
+
+    variant: str = "distilled"
+    epochs: int | None = None
+    inner_steps: int | None = None
+    outer_steps: int | None = None
+    batch_size: int | None = None
+    alpha: float | None = None
+    gamma: float | None = None
+    tau: float | tuple[float, ...] | None = None
+    inner_lr: float | None = None
+    outer_lr: float | None = None
+    layers: str | tuple[str, ...] = "conv"
+    flip: bool = False
+    copies: int = 0
+
+    def __post_init__(self):
+        """Checks every range at once, before any work starts."""
+        validate.choice(VARIANTS, variant=self.variant)
+        for name in ("epochs", "inner_steps", "outer_steps", "batch_size"):
+            if getattr(self, name) is not None:
+                validate.at_least(1, **{name: getattr(self, name)})
+        for name in ("inner_lr", "outer_lr"):
+            if getattr(self, name) is not None:
+                validate.positive(**{name: getattr(self, name)})
+        for tau in _as_tuple(self.tau):
+            validate.positive(tau=tau)
+        if self.alpha is not None:
+            validate.between(0.0, 1.0, alpha=self.alpha)
+        if self.gamma is not None:
+            validate.at_least(0.0, gamma=self.gamma)
+        validate.at_least(0, copies=self.copies)
+
+    def resolve(self, num_images: int, image_shape: tuple[int, int, int]) -> Settings:
+        """Fills in what the variant and the data leave open.
+
+        Args:
+          num_images: clean images at hand, >= 1.
+          image_shape: ``(height, width, channels)``.
+
+        Returns:
+          `Settings`, every constant of the run.
+        """
+        values = dict(VARIANTS[self.variant])
+        for name in ("epochs", "inner_steps", "outer_steps", "alpha", "gamma", "inner_lr",
+                     "outer_lr"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        if self.tau is not None:
+            values["taus"] = _as_tuple(self.tau)
+        height, width, _ = image_shape
+        values["taus"] = tuple(tau * height * width / 1024 for tau in values["taus"])
+        total = num_images * (1 + self.copies)
+        batch_size = self.batch_size or (
+            32 if self.variant == "official" else table_7_batch_size(num_images))
+        values["batch_size"] = batch_size if values["augment"] else min(batch_size, total)
+        if self.variant == "official":
+            steps = 5 * max(1, total // batch_size)
+            values.setdefault("inner_steps", steps)
+            values.setdefault("outer_steps", steps)
+        decay = values["epochs"] if self.variant == "official" else max(1, values["epochs"] // 2)
+        return Settings(**values, decay_epoch=decay, layers=self.layers, flip=self.flip,
+                        copies=self.copies)
+
+
+def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:
+    """No bound, one bound or several, as a tuple."""
+    if tau is None:
+        return ()
+    return tuple(tau) if isinstance(tau, tuple | list) else (float(tau),)
+
+
+def table_7_batch_size(num_images: int) -> int:
+    """Batch size for so many clean images: 16 one-shot, 32 for 100 and 200, 128 from 500 on.
+
+    Example:
+      >>> [table_7_batch_size(n) for n in (10, 100, 200, 500, 5000)]
+      [16, 32, 32, 128, 128]
+
+    Reference: AWM paper, Table 7.
+    """
+    return 16 if num_images < 100 else 32 if num_images < 500 else 128

@@ -1,0 +1,161 @@
+"""Accuracy and attack success, counted, so that batches and seeds add up exactly."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awm_jax import models
+from awm_jax.types import Params
+
+
+class Scores(NamedTuple):
+    """Percentages of one network under one attack.
+
+    Args:
+      acc: clean test images given their true label.
+      asr: triggered images given the attacker's label, images of that label left out (the field's
+        usual definition; for all-to-all nothing is left out).
+      asr_all: the same over all test images (AWM's and I-BAU's: a clean network scores about 100/c).
+      recovered: triggered images given their true label, over the images that `asr` counts.
+    """
+
+    acc: float
+    asr: float
+    asr_all: float
+    recovered: float
+
+
+@jax.jit
+def _predict(params: Params, images: jax.Array) -> jax.Array:
+    """Most likely class of float images."""
+    return models.apply(params, images).argmax(axis=1)
+
+
+def predict(params: Params, images: np.ndarray | jax.Array, *,
+            transform: Callable[[jax.Array], jax.Array] | None = None,
+            batch_size: int = 500) -> np.ndarray:
+    """Most likely class of each image.
+
+    Args:
+      params: the network.
+      images: ``[N, H, W, C]``, uint8 in 0..255 or float in [0, 1].
+      transform: applied to each float batch first (a trigger, say).
+      batch_size: images at a time; the last batch is padded, so one compilation serves all.
+
+    Returns:
+      ``[N]`` int64.
+
+    Example:
+      >>> from awm_jax.types import Arch
+      >>> params = models.create(jax.random.key(0), Arch(name='small_vgg', num_classes=4))
+      >>> predict(params, np.zeros((3, 32, 32, 3), np.uint8)).shape
+      (3,)
+    """
+    out = []
+    for start in range(0, len(images), batch_size):
+        chunk = np.asarray(images[start : start + batch_size])
+        size = len(chunk)
+        if size < batch_size:
+            chunk = np.concatenate([chunk, np.zeros((batch_size - size, *chunk.shape[1:]),
+                                                    chunk.dtype)])
+        batch = to_float(chunk)
+        out.append(np.asarray(_predict(params, batch if transform is None else transform(batch)))
+                   [:size])
+    return np.concatenate(out) if out else np.zeros(0, np.int64)
+
+
+@jax.jit
+def to_float(images: jax.Array) -> jax.Array:
+    """Images as float32 in [0, 1], whether they came as uint8 or as floats.
+
+    Example:
+      >>> float(to_float(jnp.array([255], jnp.uint8))[0])
+      1.0
+    """
+    images = jnp.asarray(images)
+    scale = 255.0 if images.dtype == jnp.uint8 else 1.0
+    return images.astype(jnp.float32) / scale
+
+
+def success_bound(num_classes: int) -> float:
+    """The paper's success test in percent: a backdoor is erased when ``ASR < 150 / c``.
+
+    Example:
+      >>> success_bound(10)
+      15.0
+
+    Reference: AWM paper, section 5, "Evaluations".
+    """
+    return 150.0 / num_classes
+
+
+def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: np.ndarray,
+           wanted: np.ndarray) -> Scores:
+    """`Scores` from predictions.
+
+    Args:
+      predictions: ``[N]`` classes given to clean images.
+      triggered_predictions: ``[N]`` classes given to the same images with the trigger.
+      labels: ``[N]`` true classes.
+      wanted: ``[N]`` the attacker's class for each image.
+
+    Returns:
+      `Scores` in percent.
+
+    Raises:
+      ValueError: the lengths differ, or no image is left once the attacker's class is left out.
+
+    Example:
+      >>> scores(np.array([0, 1]), np.array([0, 0]), np.array([0, 1]), np.array([0, 0]))
+      Scores(acc=100.0, asr=100.0, asr_all=100.0, recovered=0.0)
+    """
+    lengths = {len(predictions), len(triggered_predictions), len(labels), len(wanted)}
+    if len(lengths) != 1:
+        raise ValueError(f"Expected arrays of one length, got lengths {sorted(lengths)}.")
+    other = labels != wanted
+    if not other.any():
+        raise ValueError(
+            "Expected images outside the attacker's class, got none: ASR has no meaning here."
+        )
+    hit = triggered_predictions == wanted
+
+    def percent(mask: np.ndarray) -> float:
+        return 100.0 * float(mask.mean())
+
+    return Scores(
+        acc=percent(predictions == labels),
+        asr=percent(hit[other]),
+        asr_all=percent(hit),
+        recovered=percent((triggered_predictions == labels)[other]),
+    )
+
+
+def evaluate(params: Params, images: np.ndarray, labels: np.ndarray, *,
+             trigger: Callable[[jax.Array], jax.Array], relabel: Callable[..., np.ndarray],
+             batch_size: int = 500) -> Scores:
+    """ACC, both ASRs and the accuracy on triggered images of one network.
+
+    Args:
+      params: the network.
+      images: ``[N, H, W, C]`` uint8 in 0..255 or float in [0, 1].
+      labels: ``[N]`` true classes.
+      trigger: float images in [0, 1] to triggered images in [0, 1].
+      relabel: true classes to the attacker's classes.
+      batch_size: images at a time.
+
+    Returns:
+      `Scores` in percent.
+
+    Example: `evaluate(params, test.images, test.labels, trigger=attack.apply,
+    relabel=attack.relabel)`.
+    """
+    labels = np.asarray(labels)
+    return scores(
+        predict(params, images, batch_size=batch_size),
+        predict(params, images, transform=trigger, batch_size=batch_size),
+        labels,
+        np.asarray(relabel(labels)),
+    )

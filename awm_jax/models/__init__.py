@@ -1,0 +1,99 @@
+"""Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from awm_jax import masks as masking
+from awm_jax import validate
+from awm_jax.models.resnet import ResNet18
+from awm_jax.models.vgg import SmallVGG
+from awm_jax.types import Arch, Masks, Params
+
+MODELS: dict[str, type[nn.Module]] = {"small_vgg": SmallVGG, "resnet18": ResNet18}
+
+
+def module(arch: Arch) -> nn.Module:
+    """The Flax module of an architecture; ValueError lists the known names."""
+    validate.choice(MODELS, arch=arch.name)
+    return MODELS[arch.name](num_classes=arch.num_classes)  # type: ignore[call-arg]
+
+
+def create(key: jax.Array, arch: Arch) -> Params:
+    """Draws the initial weights of a network.
+
+    Args:
+      key: PRNG key.
+      arch: what to build.
+
+    Returns:
+      `Params` with float32 weights and fresh BatchNorm statistics.
+
+    Raises:
+      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8.
+
+    Example:
+      >>> create(jax.random.key(0), Arch(name='small_vgg', num_classes=10)).weights['dense'][
+      ...     'kernel'].shape
+      (2048, 10)
+    """
+    validate.at_least(2, num_classes=arch.num_classes)
+    validate.at_least(8, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
+    variables = module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
+    return Params(variables["params"], variables.get("batch_stats", {}), arch)
+
+
+def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> jax.Array:
+    """Logits ``f(x; m * w)`` with frozen BatchNorm statistics and no dropout.
+
+    Args:
+      params: the network.
+      images: ``[B, H, W, C]`` float32 in [0, 1]; normalised inside by ``arch.mean``, ``arch.std``.
+      masks: tree shaped like ``params.weights`` with None for unmasked leaves, or None.
+
+    Returns:
+      ``[B, num_classes]`` float32.
+
+    Example:
+      >>> params = create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
+      >>> apply(params, jnp.zeros((2, 32, 32, 3))).shape
+      (2, 10)
+    """
+    weights = masking.apply(params.weights, masks)
+    variables = {"params": weights, "batch_stats": params.batch_stats}
+    return module(params.arch).apply(variables, _normalise(params.arch, images), train=False)
+
+
+def apply_train(params: Params, images: jax.Array, *, key: jax.Array) -> tuple[jax.Array, Any]:
+    """Logits with batch statistics and dropout, and the updated running statistics.
+
+    Args:
+      params: the network.
+      images: ``[B, H, W, C]`` float32 in [0, 1].
+      key: PRNG key of the dropout.
+
+    Returns:
+      ``(logits [B, num_classes], batch_stats)``.
+
+    Example:
+      >>> params = create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
+      >>> logits, _ = apply_train(params, jnp.zeros((2, 32, 32, 3)), key=jax.random.key(1))
+      >>> logits.shape
+      (2, 10)
+    """
+    variables = {"params": params.weights, "batch_stats": params.batch_stats}
+    logits, updated = module(params.arch).apply(
+        variables, _normalise(params.arch, images), train=True,
+        mutable=["batch_stats"], rngs={"dropout": key},
+    )
+    return logits, updated.get("batch_stats", {})
+
+
+def _normalise(arch: Arch, images: jax.Array) -> jax.Array:
+    """Subtracts the channel means and divides by the scales; the identity by default."""
+    if not any(arch.mean) and all(s == 1.0 for s in arch.std):
+        return images
+    mean, std = (jnp.asarray(v, images.dtype).reshape(1, 1, 1, -1) for v in (arch.mean, arch.std))
+    return (images - mean) / std

@@ -1,0 +1,50 @@
+"""ResNet-18 in its CIFAR form (He et al. 2016): a 3x3 stem, no stem pooling."""
+
+from flax import linen as nn
+
+from awm_jax.models import ops
+
+
+def _conv(features, size, stride, name):
+    """A bias-free convolution with PyTorch's padding."""
+    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=False,
+                   name=name, conv_general_dilated=ops.flax_conv)
+
+
+def _norm(train, name):
+    """BatchNorm with PyTorch's constants."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Images [B, H, W, C] to [B, H/stride, W/stride, features]."""
+        y = _conv(self.features, 3, self.stride, "conv1")(x)
+        y = nn.relu(_norm(train, "bn1")(y))
+        y = _norm(train, "bn2")(_conv(self.features, 3, 1, "conv2")(y))
+        if x.shape != y.shape:
+            x = _conv(self.features, 1, self.stride, "shortcut_conv")(x)
+            x = _norm(train, "shortcut_bn")(x)
+        return nn.relu(x + y)
+
+
+class ResNet18(nn.Module):
+    """Eight basic blocks of 64, 128, 256 and 512 features, average pool, one dense layer."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Logits [B, num_classes] of images [B, H, W, C]."""
+        x = nn.relu(_norm(train, "bn1")(_conv(64, 3, 1, "conv1")(x)))
+        for stage, features in enumerate((64, 128, 256, 512), start=1):
+            for block in range(2):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = BasicBlock(features, stride, name=f"layer{stage}_{block}")(x, train)
+        return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

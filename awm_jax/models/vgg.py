@@ -1,0 +1,27 @@
+"""The small VGG of the AWM paper's appendix A (Table 6)."""
+
+from flax import linen as nn
+
+from awm_jax.models import ops
+
+
+class SmallVGG(nn.Module):
+    """Six 3x3 convolutions, each with BatchNorm and ELU, in three blocks, and one dense layer."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Logits [B, num_classes] of images [B, H, W, C]."""
+        index = 0
+        for features, dropout in ((32, 0.3), (64, 0.4), (128, 0.4)):
+            for _ in range(2):
+                index += 1
+                x = nn.Conv(features, (3, 3), padding=1, name=f"conv{index}",
+                            conv_general_dilated=ops.flax_conv)(x)
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
+                                 name=f"bn{index}")(x)
+                x = nn.elu(x)
+            x = ops.max_pool_2x2(x)
+            x = nn.Dropout(dropout, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, name="dense")(x.reshape(x.shape[0], -1))

@@ -1,0 +1,71 @@
+"""Range and shape checks whose messages name the value, what was expected and the way out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def choice(choices: Iterable[str], **named: str) -> None:
+    """Raises ValueError unless each named value is one of ``choices``."""
+    choices = list(choices)
+    for name, value in named.items():
+        if value not in choices:
+            raise ValueError(f"Expected {name}={value!r} to be one of: {', '.join(choices)}.")
+
+
+def positive(**named: float) -> None:
+    """Raises ValueError unless each named value is a finite number > 0."""
+    for name, value in named.items():
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"Expected {name}={value} > 0 and finite.")
+
+
+def at_least(minimum: float, **named: float) -> None:
+    """Raises ValueError unless each named value is a finite number >= ``minimum``."""
+    for name, value in named.items():
+        if not (np.isfinite(value) and value >= minimum):
+            raise ValueError(f"Expected {name}={value} >= {minimum} and finite.")
+
+
+def between(low: float, high: float, **named: float) -> None:
+    """Raises ValueError unless each named value lies in [low, high]."""
+    for name, value in named.items():
+        if not low <= value <= high:
+            raise ValueError(f"Expected {name}={value} in [{low}, {high}].")
+
+
+def labelled_images(images: Any, labels: Any, *, num_classes: int,
+                    image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError or TypeError unless images and labels fit the network and are finite.
+
+    Reads the arrays on the host: call it outside `jit`.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or images.shape[1:] != tuple(image_shape):
+        raise ValueError(
+            f"Expected images of shape [B, {', '.join(map(str, image_shape))}] "
+            f"(batch, height, width, channels), got {list(images.shape)}. "
+            "PyTorch's [B, C, H, W] needs images.transpose(0, 2, 3, 1)."
+        )
+    if len(images) == 0:
+        raise ValueError("Expected at least one image, got an empty batch.")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(
+            f"Expected float images in [0, 1], got {images.dtype}. Divide uint8 images by 255."
+        )
+    if not np.isfinite(images).all():
+        raise ValueError("Expected finite images, found NaN or infinity. Check how they were read.")
+    if images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"Expected images in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Undo the "
+            "normalisation (put it into Arch.mean and Arch.std) or divide by 255."
+        )
+    if labels.shape != (len(images),):
+        raise ValueError(f"Expected labels of shape [{len(images)}], got {list(labels.shape)}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"Expected integer labels, got {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"Expected labels in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}."
+        )

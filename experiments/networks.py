@@ -1,0 +1,106 @@
+"""Backdoored networks: trained once, cached by configuration and seed, resumed when interrupted."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from awm_jax import attacks, checkpoint, training
+from awm_jax.attacks import Attack
+from awm_jax.data import Dataset
+from awm_jax.types import Arch, Params
+from experiments.presets import PRESETS
+from experiments.progress import Progress
+
+_VERSION = 1  # raise it when training or triggers change, so that stale networks are not reused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """Everything that decides a backdoored network.
+
+    Args:
+      dataset: name of the data set.
+      arch: name of the architecture.
+      attack: name of the attack, or None for a clean network.
+      rate: share of the training images that are poisoned, in (0, 1).
+      epochs: training epochs.
+      seed: seed of the trigger, the poisoned images and the training.
+    """
+
+    dataset: str
+    arch: str
+    attack: str | None
+    rate: float
+    epochs: int
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """A name for the cache, the same for the same network."""
+        text = json.dumps({"version": _VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        return f"{self.dataset}-{self.arch}-{self.attack or 'clean'}-" + hashlib.sha256(
+            text.encode()).hexdigest()[:12]
+
+
+def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path) -> Attack:
+    """The attack of a spec; triggers found by optimisation get their surrogate network first."""
+    assert spec.attack is not None
+    key = jax.random.key(spec.seed)
+    shape = dataset.train_images.shape[1:]
+    if spec.attack == "badnets":
+        return attacks.make(spec.attack, key, shape, dataset.num_classes)
+    surrogate = dataclasses.replace(
+        spec, attack=None, rate=0.0, epochs=PRESETS[spec.dataset].surrogate_epochs)
+    params = get_network(surrogate, dataset, cache)
+    picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
+    images = dataset.train_images[picks].astype(np.float32) / 255.0
+    return attacks.make(spec.attack, key, shape, dataset.num_classes, params=params, images=images)
+
+
+def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
+                attack: Attack | None = None) -> Params:
+    """The network of a spec, from the cache or trained now.
+
+    Args:
+      spec: what to train.
+      dataset: its data.
+      cache: directory of networks.
+      attack: as `make_attack` gives it; needed when ``spec.attack`` is set.
+
+    Returns:
+      `Params`.
+    """
+    folder = cache / spec.digest
+    if checkpoint.exists(folder / "network"):
+        return checkpoint.load(folder / "network")[0]
+    images, labels = dataset.train_images, dataset.train_labels
+    key_poison, key_train = jax.random.split(jax.random.key(spec.seed))
+    if attack is not None:
+        images, labels, _ = attacks.poison(key_poison, attack, images, labels, spec.rate)
+    images, labels = np.asarray(images), np.asarray(labels)
+    preset = PRESETS[spec.dataset]
+    config = training.TrainConfig(epochs=spec.epochs, batch_size=preset.batch_size,
+                                  peak_lr=preset.peak_lr, flip=dataset.flip)
+    arch = Arch(name=spec.arch, num_classes=dataset.num_classes,
+                image_shape=tuple(images.shape[1:]))
+    key_init = jax.random.split(key_train)[0]
+    like = training.init(key_init, arch, config, len(images))
+    state = None
+    if checkpoint.exists(folder / "state"):
+        state = checkpoint.load_tree(folder / "state", like)
+    progress = Progress(f"training {spec.digest}", config.epochs,
+                        0 if state is None else int(state.epoch))
+
+    def on_epoch(done, total, state, loss):
+        progress.update(done, loss=loss)
+        if done < total:
+            checkpoint.save_tree(folder / "state", jax.device_get(state), overwrite=True)
+
+    params = training.train(key_train, images, labels, arch, config, state=state,
+                            on_epoch=on_epoch)
+    checkpoint.save(folder / "network", params, dataclasses.asdict(spec))
+    return params

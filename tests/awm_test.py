@@ -1,0 +1,305 @@
+"""Adversarial Weight Masking: against PyTorch, by hand, and by its properties."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import awm_jax
+from awm_jax import losses, masks, models, projections
+from awm_jax.defences import awm
+from awm_jax.types import Arch, Batch
+
+QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4}
+VARIANTS = ["distilled", "paper", "official"]
+
+
+def _config(variant, **overrides):
+    return awm.AWMConfig(variant=variant, **{**QUICK, **overrides})
+
+
+def _numbers(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.fixture(scope="module")
+def jitted_run():
+    return jax.jit(awm.run, static_argnames="settings")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masks_bound_and_history(variant, small_params, small_batch):
+    config = _config(variant, tau=(7.0,))
+    out = awm_jax.purify(small_params, small_batch, config=config)
+    values = _numbers(out.masks)
+    assert 0 <= values.min() and values.max() <= 1 and (values < 1).any()
+    assert np.abs(out.trigger).sum() <= 7.0 * 16 * 16 / 1024 * (1 + 1e-5)
+    assert np.abs(out.trigger).sum() > 0
+    assert {len(v) for v in out.history.values()} == {2}
+    assert isinstance(out.params, awm_jax.Params) and out.params.arch == small_params.arch
+    np.testing.assert_allclose(
+        models.apply(out.params, small_batch.images),
+        models.apply(small_params, small_batch.images, masks=out.masks), rtol=1e-5, atol=1e-5)
+    for name in ("bn1", "dense"):
+        np.testing.assert_array_equal(_numbers(out.params.weights[name]),
+                                      _numbers(small_params.weights[name]))
+
+
+def test_same_key_same_masks_other_key_other_masks(small_params, small_batch):
+    def purify(seed):
+        return _numbers(awm_jax.purify(small_params, small_batch, config=_config("paper"),
+                                       key=jax.random.key(seed)).masks)
+
+    np.testing.assert_array_equal(purify(1), purify(1))
+    assert not np.array_equal(purify(1), purify(2))
+
+
+def test_second_call_compiles_nothing(small_params, small_batch):
+    config = _config("distilled")
+    awm_jax.purify(small_params, small_batch, config=config, key=jax.random.key(1))
+    with jax.log_compiles(), _forbid_compilation():
+        awm_jax.purify(small_params, small_batch, config=config, key=jax.random.key(2))
+
+
+class _forbid_compilation:
+    """Fails when JAX logs that it compiled something."""
+
+    def __enter__(self):
+        import logging
+
+        self._records = []
+        self._handler = logging.Handler()
+        self._handler.emit = self._records.append
+        self._logger = logging.getLogger("jax")
+        self._logger.addHandler(self._handler)
+
+    def __exit__(self, *exc):
+        self._logger.removeHandler(self._handler)
+        compiled = [r.getMessage() for r in self._records if "Compiling" in r.getMessage()]
+        assert not compiled, compiled[:3]
+
+
+def test_the_compilation_guard_can_fail():
+    with pytest.raises(AssertionError), jax.log_compiles(), _forbid_compilation():
+        jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
+
+
+def test_vmap_over_keys_is_the_loop_and_stretches_do_not_matter(
+        small_params, small_batch, jitted_run):
+    settings = _config("distilled").resolve(6, (16, 16, 3))
+    data = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    keys = jax.random.split(jax.random.key(3), 2)
+    together, _ = jax.jit(jax.vmap(awm.run, in_axes=(0, None, None, None, None)),
+                          static_argnums=4)(keys, small_params, *data, settings)
+    for i, key in enumerate(keys):
+        alone, info = jitted_run(key, small_params, *data, settings)
+        np.testing.assert_allclose(_numbers(jax.tree.map(lambda x, i=i: x[i], together.masks)),
+                                   _numbers(alone.masks), atol=2e-3)
+        stretched = awm_jax.purify(small_params, small_batch, config=_config("distilled"), key=key,
+                                   every=1)
+        np.testing.assert_allclose(_numbers(stretched.masks), _numbers(alone.masks), atol=1e-5)
+        np.testing.assert_allclose(stretched.history["clean_loss"], info.clean_loss, rtol=1e-4)
+
+
+def test_jit_is_eager(small_params, small_batch, jitted_run):
+    config = _config("paper", epochs=1, inner_steps=1, outer_steps=1)
+    settings = config.resolve(6, (16, 16, 3))
+    args = (jax.random.key(0), small_params, jnp.asarray(small_batch.images),
+            jnp.asarray(small_batch.labels), settings)
+    compiled, _ = jitted_run(*args)
+    with jax.disable_jit():
+        eager, _ = awm.run(*args)
+    # Adam's first step is +-lr whatever the gradient's size, so a rounding difference may flip the
+    # step of a gradient that is zero up to rounding: all but a few in a thousand must agree.
+    close = np.isclose(_numbers(compiled.masks), _numbers(eager.masks), atol=1e-5)
+    assert close.mean() > 0.995
+
+
+def test_nan_is_refused_and_nonfinite_runs_say_so(small_params, small_batch):
+    bad = Batch(np.full_like(small_batch.images, np.nan), small_batch.labels)
+    with pytest.raises(ValueError, match="finite"):
+        awm_jax.purify(small_params, bad)
+    weights = jax.tree.map(lambda w: w * jnp.nan, small_params.weights)
+    with pytest.raises(ValueError, match="weights"):
+        awm_jax.purify(dataclasses.replace(small_params, weights=weights), small_batch)
+    huge = jax.tree.map(lambda w: w * 1e30, small_params.weights)
+    out = awm_jax.purify(dataclasses.replace(small_params, weights=huge), small_batch,
+                         config=_config("paper"))
+    assert out.status is awm.Status.NONFINITE and out.status.advice
+    np.testing.assert_array_equal(_numbers(out.masks), 1.0)
+
+
+@pytest.mark.parametrize("images, labels, match", [
+    (np.zeros((2, 3, 16, 16), np.float32), [0, 1], "transpose"),
+    (np.zeros((2, 16, 16, 3), np.uint8), [0, 1], "255"),
+    (np.full((2, 16, 16, 3), 2.0, np.float32), [0, 1], "normalisation"),
+    (np.zeros((2, 16, 16, 3), np.float32), [0, 9], "labels in 0..3"),
+    (np.zeros((2, 16, 16, 3), np.float32), [0], "labels of shape"),
+    (np.zeros((0, 16, 16, 3), np.float32), [], "at least one"),
+])
+def test_bad_batches(small_params, images, labels, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        awm_jax.purify(small_params, Batch(images, np.array(labels, np.int32)))
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"variant": "papper"}, "official"), ({"alpha": 1.5}, "alpha=1.5"), ({"tau": -1.0}, "tau=-1"),
+    ({"epochs": 0}, "epochs=0"), ({"gamma": float("nan")}, "gamma=nan"), ({"copies": -1}, "copies"),
+    ({"inner_lr": 0.0}, "inner_lr")])
+def test_bad_settings_name_the_value(options, match):
+    with pytest.raises(ValueError, match=match):
+        awm.AWMConfig(**options)
+
+
+def test_paper_and_official_constants():
+    """Appendix A and Table 7; guides/peers.md for the published code."""
+    paper = awm.AWMConfig(variant="paper").resolve(43, (32, 32, 3))
+    assert (paper.epochs, paper.inner_steps, paper.outer_steps, paper.batch_size) == (100, 10, 10, 16)
+    assert (paper.alpha, paper.gamma, paper.taus, paper.inner_lr) == (0.9, 1e-8, (1000.0,), 10.0)
+    assert (paper.outer_lr, paper.decay_epoch) == (0.01, 50)
+    official = awm.AWMConfig(variant="official", copies=9).resolve(10, (32, 32, 3))
+    assert (official.batch_size, official.inner_steps, official.outer_steps) == (32, 15, 15)
+    assert (official.alpha, official.taus, official.epochs) == (0.99, (100.0,), 20)
+    assert awm.AWMConfig(variant="paper").resolve(10, (64, 64, 3)).taus == (4000.0,)
+
+
+def test_status_reads_the_end(small_params):
+    state = awm.init(small_params, _config("paper").resolve(6, (16, 16, 3)))
+    good, bad = {"trigger_agreement": np.ones(20)}, {"trigger_agreement": np.zeros(20)}
+    assert awm._status(state, good, 1.0) is awm.Status.OK
+    assert awm._status(state, bad, 1.0) is awm.Status.TRIGGER_REMAINS
+    assert awm._status(state, good, 0.5) is awm.Status.CLEAN_ACCURACY_LOST
+
+
+def test_layers_can_be_chosen(small_params, small_batch):
+    out = awm_jax.purify(small_params, small_batch, config=_config("paper", layers=("conv2",)))
+    assert list(masks.by_layer(out.masks)) == ["conv2"]
+    np.testing.assert_array_equal(out.params.weights["conv1"]["kernel"],
+                                  small_params.weights["conv1"]["kernel"])
+
+
+def _as64(tree):
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), tree)
+
+
+def test_trigger_and_mask_gradients_equal_finite_differences(x64, small_params, small_batch):
+    params = dataclasses.replace(small_params, weights=_as64(small_params.weights),
+                                 batch_stats=_as64(small_params.batch_stats))
+    x = jnp.asarray(small_batch.images, jnp.float64)
+    y = jnp.asarray(small_batch.labels)
+    rng = np.random.default_rng(1)
+    delta = jnp.asarray(0.01 * rng.normal(size=(16, 16, 3)))
+    m = masks.init(params.weights)
+    settings = _config("paper").resolve(6, (16, 16, 3))
+
+    def trigger_loss(d):
+        return losses.cross_entropy(models.apply(params, x + d[None], masks=m), y)
+
+    def mask_loss(m):
+        return awm.mask_loss(params, m, delta, x, y, settings)[0]
+
+    along = jnp.asarray(rng.normal(size=delta.shape))
+    slope = (trigger_loss(delta + 1e-6 * along) - trigger_loss(delta - 1e-6 * along)) / 2e-6
+    gradient = awm.trigger_gradient(params, m, delta, x, y, clamp=False)
+    np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-5)
+
+    along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), m)
+    def move(step):
+        return jax.tree.map(lambda a, b: a + step * b, m, along)
+
+    slope = (mask_loss(move(1e-7)) - mask_loss(move(-1e-7))) / 2e-7
+    total = sum((a * b).sum() for a, b in zip(
+        jax.tree.leaves(jax.grad(mask_loss)(m)), jax.tree.leaves(along), strict=True))
+    np.testing.assert_allclose(total, slope, rtol=1e-5)
+
+
+def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
+    """A float64 PyTorch module written here, from the equations, with its own autograd and Adam."""
+    torch = pytest.importorskip("torch")
+    from awm_jax import torch_compat
+
+    torch.manual_seed(0)
+    layers, width = [], 3
+    for features in (32, 64, 128):
+        for _ in range(2):
+            layers += [torch.nn.Conv2d(width, features, 3, padding=1),
+                       torch.nn.BatchNorm2d(features), torch.nn.ELU()]
+            width = features
+        layers += [torch.nn.MaxPool2d(2), torch.nn.Dropout(0.4)]
+    net = torch.nn.ModuleDict({"features": torch.nn.Sequential(*layers),
+                               "classifier": torch.nn.Linear(2048, 10)}).double().eval()
+    for module in net["features"]:
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.normal_(module.running_mean, 0.0, 0.2)
+    params = torch_compat.params_from_state_dict(net.state_dict(),
+                                                 Arch(name="small_vgg", num_classes=10))
+    # The reader gives float32, as users want; the test wants the float64 numbers themselves.
+    def exact(tensor):
+        return jnp.asarray(tensor.detach().numpy(), jnp.float64)
+
+    numbers = [0, 3, 8, 11, 16, 19]
+    weights, stats = dict(params.weights), {}
+    for i, n in enumerate(numbers, start=1):
+        conv, norm = net["features"][n], net["features"][n + 1]
+        weights[f"conv{i}"] = {"kernel": exact(conv.weight).transpose(2, 3, 1, 0),
+                               "bias": exact(conv.bias)}
+        weights[f"bn{i}"] = {"scale": exact(norm.weight), "bias": exact(norm.bias)}
+        stats[f"bn{i}"] = {"mean": exact(norm.running_mean), "var": exact(norm.running_var)}
+    dense = exact(net["classifier"].weight).reshape(10, 128, 4, 4).transpose(2, 3, 1, 0)
+    weights["dense"] = {"kernel": dense.reshape(2048, 10), "bias": exact(net["classifier"].bias)}
+    params = dataclasses.replace(params, weights=weights, batch_stats=stats)
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((4, 32, 32, 3)), rng.integers(0, 10, 4)
+    x = torch.tensor(images.transpose(0, 3, 1, 2))
+    y = torch.tensor(labels)
+    kernels = [net["features"][n].weight.detach().clone() for n in numbers]
+    mask_rng = np.random.default_rng(1)
+    tmasks = [torch.tensor(mask_rng.uniform(0.2, 0.8, k.shape), requires_grad=True)
+              for k in kernels]
+
+    def forward(x):
+        state = {f"features.{n}.weight": k * m
+                 for n, k, m in zip(numbers, kernels, tmasks, strict=True)}
+        features = torch.func.functional_call(
+            net["features"], {k[len("features."):]: v for k, v in state.items()}, (x,))
+        return net["classifier"](features.flatten(1))
+
+    ones = masks.init(params.weights)
+    jmasks = jax.tree.map(lambda m: m, ones)
+    for i, m in enumerate(tmasks, start=1):
+        jmasks[f"conv{i}"]["kernel"] = exact(m).transpose(2, 3, 1, 0)
+
+    tdelta = torch.zeros(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.cross_entropy(forward(x + tdelta), y).backward()
+    tdelta = (tdelta + 10.0 * tdelta.grad).detach()
+    jx, jy = jnp.asarray(images), jnp.asarray(labels)
+    delta = jnp.zeros((32, 32, 3), jnp.float64)
+    delta = delta + 10.0 * awm.trigger_gradient(params, jmasks, delta, jx, jy, clamp=False)
+    np.testing.assert_allclose(delta, tdelta[0].numpy().transpose(1, 2, 0), rtol=1e-6, atol=1e-12)
+
+    tau = 0.3 * float(tdelta.abs().sum())
+    tdelta = tdelta * min(1.0, tau / float(tdelta.abs().sum()))
+    delta = projections.scale_to_l1(delta, tau)
+    np.testing.assert_allclose(delta, tdelta[0].numpy().transpose(1, 2, 0), rtol=1e-6, atol=1e-12)
+
+    optimiser = torch.optim.Adam(tmasks, lr=0.01)
+    ce = torch.nn.functional.cross_entropy
+    loss = (0.9 * ce(forward(x), y) + (1 - 0.9) * ce(forward(x + tdelta), y)
+            + 1e-8 * sum(m.abs().sum() for m in tmasks))
+    loss.backward()
+    optimiser.step()
+    settings = awm.AWMConfig(variant="paper").resolve(4, (32, 32, 3))
+    (value, _), gradients = jax.value_and_grad(
+        lambda m: awm.mask_loss(params, m, delta, jx, jy, settings), has_aux=True)(jmasks)
+    adam = optax.adam(0.01)
+    updates, _ = adam.update(gradients, adam.init(jmasks), jmasks)
+    jmasks = masks.clip(optax.apply_updates(jmasks, updates))
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
+    for i, m in enumerate(tmasks, start=1):
+        expected = m.detach().clamp(0, 1).numpy().transpose(2, 3, 1, 0)
+        np.testing.assert_allclose(jmasks[f"conv{i}"]["kernel"], expected, rtol=1e-6)

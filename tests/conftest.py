@@ -1,0 +1,43 @@
+"""Shared fixtures: strict shapes, small networks, real data where it is."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from awm_jax import models
+from awm_jax.types import Arch, Batch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The development data, or a skip where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_params():
+    """A random small VGG of 16x16 images and four classes: every layer, a quarter of the work."""
+    arch = Arch(name="small_vgg", num_classes=4, image_shape=(16, 16, 3))
+    return models.create(jax.random.key(0), arch)
+
+
+@pytest.fixture(scope="session")
+def small_batch():
+    """Six images with labels, in [0, 1]."""
+    rng = np.random.default_rng(0)
+    return Batch(rng.random((6, 16, 16, 3), np.float32), np.array([0, 1, 2, 3, 0, 1], np.int32))
+
+
+@pytest.fixture
+def x64():
+    """64-bit arithmetic for the length of one test."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,79 @@
+"""Networks and the convolution they stand on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from awm_jax import masks, models
+from awm_jax.models import ops
+from awm_jax.types import Arch
+
+
+def _native(x, k, strides, pads):
+    return lax.conv_general_dilated(x, k, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("size, stride, pad", [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0), (5, 2, 2)])
+@pytest.mark.parametrize("height", [8, 9])
+def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, height):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, height, 8, 3), jnp.float64)
+    k = jax.random.normal(keys[1], (size, size, 3, 4), jnp.float64)
+    strides, pads = (stride, stride), ((pad, pad), (pad, pad))
+    ours, ours_vjp = jax.vjp(lambda x, k: ops.conv(x, k, strides, pads), x, k)
+    theirs, theirs_vjp = jax.vjp(lambda x, k: _native(x, k, strides, pads), x, k)
+    dy = jax.random.normal(keys[2], theirs.shape, jnp.float64)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    for a, b in zip(ours_vjp(dy), theirs_vjp(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_flax_conv_refuses_groups():
+    with pytest.raises(ValueError, match="ungrouped"):
+        ops.flax_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2)), (1, 1), "SAME",
+                      lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
+                      feature_group_count=2, precision=None)
+
+
+# Counted by hand from Table 6 (convolutions with bias, BatchNorm scale and shift, dense 2048 -> c)
+# and from the CIFAR ResNet-18 with its three shortcuts.
+@pytest.mark.parametrize("name, classes, count", [
+    ("small_vgg", 10, 308_394), ("small_vgg", 43, 376_011), ("resnet18", 10, 11_173_962)])
+def test_parameter_counts(name, classes, count):
+    arch = Arch(name=name, num_classes=classes)
+    shapes = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes.weights)) == count
+
+
+def test_masks_of_ones_change_nothing_and_zeros_silence(small_params, small_batch):
+    plain = models.apply(small_params, small_batch.images)
+    ones = masks.init(small_params.weights)
+    np.testing.assert_array_equal(models.apply(small_params, small_batch.images, masks=ones), plain)
+    zeros = jax.tree.map(jnp.zeros_like, ones)
+    silent = models.apply(small_params, small_batch.images, masks=zeros)
+    np.testing.assert_allclose(silent, jnp.broadcast_to(silent[:1], silent.shape), atol=1e-6)
+
+
+def test_normalisation_is_part_of_the_network(small_params, small_batch):
+    import dataclasses
+
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    arch = dataclasses.replace(small_params.arch, mean=mean, std=std)
+    inside = models.apply(dataclasses.replace(small_params, arch=arch), small_batch.images)
+    outside = models.apply(small_params, (small_batch.images - np.float32(mean).reshape(1, 1, 1, 3))
+                           / np.float32(std).reshape(1, 1, 1, 3))
+    np.testing.assert_allclose(inside, outside, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(ValueError, match="resnet18"):
+        models.create(jax.random.key(0), Arch(name="vgg99", num_classes=10))
+
+
+def test_training_mode_moves_statistics_and_drops_out(small_params, small_batch):
+    first, stats = models.apply_train(small_params, small_batch.images, key=jax.random.key(1))
+    other, _ = models.apply_train(small_params, small_batch.images, key=jax.random.key(2))
+    assert not np.allclose(first, other)
+    assert not np.allclose(stats["bn1"]["mean"], small_params.batch_stats["bn1"]["mean"])

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from awm_jax.types import Masks, Weights
 
 
-
-
 def layer_names(weights: Weights) -> list[str]:
     """Slash-joined paths of the layers that own a kernel, in order.
 

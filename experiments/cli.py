@@ -86,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     net.add_argument("--network_seed", type=int, default=0,
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,
-                     help="a backdoored network of somebody else instead of training one: a PyTorch "
-                     ".pth file or an Orbax directory; --attack or --trigger says what to test")
+                     help="a backdoored network of somebody else instead of training one: a "
+                     "PyTorch .pth file or an Orbax directory; --attack or --trigger says what to test")
     net.add_argument("--trigger", type=pathlib.Path,
                      help="PNG of the trigger, as large as the images, instead of --attack's own")
     net.add_argument("--trigger_mode", choices=("add", "stamp"), default="add",

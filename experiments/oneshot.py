@@ -91,7 +91,8 @@ def _config(variant: str, args, dataset: Dataset) -> awm.AWMConfig:
     """AWM's settings for a variant on this data set."""
     one_shot = args.samples == "one-shot"
     copies = PRESETS[args.dataset].paper_copies if one_shot and variant != "distilled" else 0
-    return awm.AWMConfig(variant=variant, epochs=args.purify_epochs, flip=dataset.flip,
+    own = PRESETS[args.dataset].purify_epochs if variant == "distilled" else None
+    return awm.AWMConfig(variant=variant, epochs=args.purify_epochs or own, flip=dataset.flip,
                          copies=copies)
 
 
@@ -156,11 +157,9 @@ def _pictures(scene: Scene, found: awm.Purified, curve: dict, variant: str, seed
 
 
 def _show_attack(scene: Scene, folder: pathlib.Path) -> None:
-    """Pictures of the trigger and of clean and triggered images."""
+    """Clean and triggered images, and what the trigger changes."""
     images = scene.dataset.test_images[scene.split.eval_indices[:4]].astype(np.float32) / 255.0
     stem = scene.name.replace(":", "-")
-    pictures.trigger_sheet(folder / f"{stem}-true-trigger.png",
-                           {scene.attack.name: scene.attack.trigger}, images[0])
     pictures.pairs(folder / f"{stem}-pairs.png", images, np.asarray(scene.attack.apply(images)))
 
 

@@ -24,8 +24,8 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def small_params():
-    """A random small VGG of 16x16 images and four classes: every layer, a quarter of the work."""
-    arch = Arch(name="small_vgg", num_classes=4, image_shape=(16, 16, 3))
+    """A random small VGG of 8x8 images and four classes: every layer, little work."""
+    arch = Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3))
     return models.create(jax.random.key(0), arch)
 
 
@@ -33,7 +33,7 @@ def small_params():
 def small_batch():
     """Six images with labels, in [0, 1]."""
     rng = np.random.default_rng(0)
-    return Batch(rng.random((6, 16, 16, 3), np.float32), np.array([0, 1, 2, 3, 0, 1], np.int32))
+    return Batch(rng.random((6, 8, 8, 3), np.float32), np.array([0, 1, 2, 3, 0, 1], np.int32))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def _native(x, k, strides, pads):
     return lax.conv_general_dilated(x, k, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@pytest.mark.parametrize("size, stride, pad", [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0), (5, 2, 2)])
+@pytest.mark.parametrize("size, stride, pad", [(3, 1, 1), (3, 2, 1), (1, 2, 0), (5, 2, 2)])
 @pytest.mark.parametrize("height", [8, 9])
 def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, height):
     keys = jax.random.split(jax.random.key(0), 3)

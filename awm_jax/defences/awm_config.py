@@ -61,7 +61,7 @@ _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": Fals
 VARIANTS: dict[str, dict] = {
     "distilled": {
         **_SHARED, "epochs": 32, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
-        "taus": (50.0, 100.0, 200.0, 400.0), "inner_lr": 1.0, "objective": "distil",
+        "taus": (50.0, 100.0, 200.0), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True,
     },
@@ -85,7 +85,7 @@ class AWMConfig:
     * ``'distilled'``, the default: the masked network is asked to give, on the augmented clean
       images with and without the trigger, the outputs that the suspect network gives without it; the
       trigger is found by normalised steps, each followed by projection onto the L1 ball, so it is
-      sparse; its bound runs through four sizes, epoch by epoch. Half the epochs in, Adam's rate
+      sparse; its bound runs through three sizes, epoch by epoch. Half the epochs in, Adam's rate
       falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,

@@ -1,0 +1,80 @@
+"""Pictures of triggers; arrays in, PNG files out."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    """Writes under a temporary name and renames."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+    os.replace(temporary, path)
+
+
+def _grid(rows: int, columns: int, width: float = 1.6) -> tuple[Any, np.ndarray]:
+    """A figure without a window, and its axes without ticks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * width + 0.3))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
+
+
+def amplified(difference: np.ndarray) -> np.ndarray:
+    """A signed difference as a picture: grey is none, the largest is black or white.
+
+    Example:
+      >>> amplified(np.array([[[0.0], [0.1]]])).ravel().tolist()
+      [0.5, 1.0]
+    """
+    peak = np.abs(difference).max()
+    return 0.5 + difference / (2 * peak) if peak > 0 else np.full_like(difference, 0.5)
+
+
+def pairs(path: str | os.PathLike, images: np.ndarray, triggered: np.ndarray) -> None:
+    """Draws clean images, the same with the trigger, and the amplified difference.
+
+    Args:
+      path: the PNG.
+      images: ``[B, H, W, C]`` in [0, 1].
+      triggered: the same shape.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if images.shape != triggered.shape:
+        raise ValueError(f"Expected equal shapes, got {images.shape} and {triggered.shape}.")
+    figure, axes = _grid(3, len(images))
+    for column, (clean, dirty) in enumerate(zip(images, triggered, strict=True)):
+        for row, picture in enumerate((clean, dirty, amplified(dirty - clean))):
+            axes[row, column].imshow(np.clip(picture, 0, 1))
+    for row, label in enumerate(("clean", "triggered", "difference")):
+        axes[row, 0].set_ylabel(label)
+    _save(figure, path)
+
+
+def recovered_trigger(path: str | os.PathLike, recovered: np.ndarray,
+                      true_pattern: np.ndarray | None = None) -> None:
+    """Draws the trigger a defence found, beside the true one where it is known.
+
+    Args:
+      path: the PNG.
+      recovered: ``[H, W, C]`` signed.
+      true_pattern: ``[H, W, C]`` signed, or None.
+    """
+    shown = [("recovered", recovered)]
+    if true_pattern is not None:
+        shown.append(("true", true_pattern))
+    figure, axes = _grid(1, len(shown), 2.6)
+    for axis, (label, pattern) in zip(axes.flat, shown, strict=True):
+        axis.imshow(amplified(np.asarray(pattern)))
+        axis.set_title(f"{label}, L1 {np.abs(pattern).sum():.0f}", fontsize=9)
+    _save(figure, path)

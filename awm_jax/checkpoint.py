@@ -64,7 +64,8 @@ def load(directory: Path) -> tuple[Params, dict[str, Any]]:
     """
     tree, sidecar = _restore(directory, None)
     try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in sidecar["arch"].items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in sidecar["arch"].items()}
         return (Params(tree["weights"], tree["batch_stats"] or {}, Arch(**fields)),
                 sidecar["metadata"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ class Scores(NamedTuple):
       acc: clean test images given their true label.
       asr: triggered images given the attacker's label, images of that label left out (the field's
         usual definition; for all-to-all nothing is left out).
-      asr_all: the same over all test images (AWM's and I-BAU's: a clean network scores about 100/c).
+      asr_all: the same over all test images (AWM's and I-BAU's: some 100/c for a clean network).
       recovered: triggered images given their true label, over the images that `asr` counts.
     """
 

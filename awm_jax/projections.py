@@ -14,7 +14,7 @@ def l1_norm(delta: jax.Array) -> jax.Array:
     return jnp.abs(delta).sum()
 
 
-def scale_to_l1(delta: jax.Array, tau: float) -> jax.Array:
+def scale_to_l1(delta: jax.Array, tau: float | jax.Array) -> jax.Array:
     """``delta * min(1, tau / ||delta||_1)``: shrinks every entry alike.
 
     Args:
@@ -34,7 +34,7 @@ def scale_to_l1(delta: jax.Array, tau: float) -> jax.Array:
     return delta * jnp.where(norm > tau, tau / jnp.where(norm > tau, norm, 1.0), 1.0)
 
 
-def l1_ball(delta: jax.Array, tau: float) -> jax.Array:
+def l1_ball(delta: jax.Array, tau: float | jax.Array) -> jax.Array:
     """The nearest point of the L1 ball: ``sign(d) * max(|d| - theta, 0)``, a sparse one.
 
     ``theta`` solves ``sum max(|d| - theta, 0) = tau``; it is found by sorting.

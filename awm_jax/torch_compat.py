@@ -233,7 +233,8 @@ def params_from_state_dict(state: dict[str, Any], arch: Arch | None = None) -> P
     return Params(tree["weights"], tree["batch_stats"], arch)
 
 
-def state_dict_from_params(params: Params, template: dict[str, Any] | None = None) -> dict[str, Any]:
+def state_dict_from_params(params: Params,
+                           template: dict[str, Any] | None = None) -> dict[str, Any]:
     """PyTorch tensors of a network, under the names its own kind of repository uses.
 
     Args:
@@ -264,7 +265,7 @@ def state_dict_from_params(params: Params, template: dict[str, Any] | None = Non
 
 
 def load(path: str | os.PathLike, arch: Arch | None = None) -> Params:
-    """`params_from_state_dict` of a file; arguments and errors as there and in `load_state_dict`."""
+    """`params_from_state_dict` of a file; errors as there and in `load_state_dict`."""
     return params_from_state_dict(load_state_dict(path), arch)
 
 

@@ -166,9 +166,9 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
     _check(images, labels, arch)
     key_init, key_run = jax.random.split(key)
     state = init(key_init, arch, config, len(images)) if state is None else state
-    images, labels = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
+    on_device = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
     for done in range(int(state.epoch), config.epochs):
-        state, loss = _jit_epoch(key_run, state, images, labels, arch, config)
+        state, loss = _jit_epoch(key_run, state, *on_device, arch, config)
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"Expected a finite loss, got {float(loss)} in epoch {done + 1}. Lower "

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset", choices=sorted(PRESETS), default="digits",
                       help="data set; digits needs no download (default: %(default)s)")
     data.add_argument("--data_dir", type=pathlib.Path,
-                      help="where the data set's files are (default: $AWM_DATA_DIR, then the cache)")
+                      help="where its files are (default: $AWM_DATA_DIR, then the cache)")
     data.add_argument("--samples", type=_samples, default="one-shot",
                       help="clean images for the defence: 'one-shot' (one of each class) or a "
                       "number (default: %(default)s)")
@@ -87,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,
                      help="a backdoored network of somebody else instead of training one: a "
-                     "PyTorch .pth file or an Orbax directory; --attack or --trigger says what to test")
+                     "PyTorch .pth file or an Orbax directory; --attack or --trigger says what "
+                     "to test")
     net.add_argument("--trigger", type=pathlib.Path,
                      help="PNG of the trigger, as large as the images, instead of --attack's own")
     net.add_argument("--trigger_mode", choices=("add", "stamp"), default="add",

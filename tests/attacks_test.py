@@ -126,7 +126,7 @@ def test_poisoning_is_decided_by_the_key_and_bounded():
     assert not np.array_equal(picks(1), picks(2))
     with pytest.raises(ValueError, match="36 images outside"):
         attacks.poison(KEY, attack, images, labels, 0.95)
-    with pytest.raises(ValueError, match="rate=1.5"):
+    with pytest.raises(ValueError, match=r"rate=1\.5"):
         attacks.poison(KEY, attack, images, labels, 1.5)
 
 

@@ -102,7 +102,7 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
     Raises:
       ValueError: a rate outside [0, 1], or more images wanted than have another class.
 
-    Example: `images, labels, _ = poison(key, attack, dataset.train_images, dataset.train_labels, .05)`.
+    Example: `images, labels, _ = poison(key, attack, train_images, train_labels, .05)`.
 
     Reference: Gu et al. 2017, "BadNets"; the AWM paper's rate is .05.
     """

@@ -140,8 +140,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
         _store(cached, arrays)
         if source.subfolder is not None:
             print(f"Prepared {name} in {time.perf_counter() - started:.0f} s: {cached}", flush=True)
-    fields = [np.load(cached / f"{field}.npy") for field in _FIELDS]
-    return Dataset(name, *fields, source.num_classes, source.flip)
+    fields = {field: np.load(cached / f"{field}.npy") for field in _FIELDS}
+    return Dataset(name=name, **fields, num_classes=source.num_classes, flip=source.flip)
 
 
 def _resolve(source: _Source, data_dir: str | os.PathLike | None) -> pathlib.Path | None:

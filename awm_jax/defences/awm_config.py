@@ -1,4 +1,4 @@
-"""Settings of Adversarial Weight Masking: the project's own, the paper's and its published code's."""
+"""Settings of Adversarial Weight Masking: the project's, the paper's, the published code's."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ class Settings:
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
       layers: what is masked, as `awm_jax.masks.init` takes it.
-      objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network's outputs).
+      objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network).
       inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
       normalised: divide each trigger gradient by its L2 norm.
       sparse: nearest point of the L1 ball after every step, not one rescaling after the last.
@@ -83,10 +83,10 @@ class AWMConfig:
     The variants:
 
     * ``'distilled'``, the default: the masked network is asked to give, on the augmented clean
-      images with and without the trigger, the outputs that the suspect network gives without it; the
-      trigger is found by normalised steps, each followed by projection onto the L1 ball, so it is
-      sparse; its bound runs through three sizes, epoch by epoch. Half the epochs in, Adam's rate
-      falls to a tenth.
+      images with and without the trigger, the outputs that the suspect network gives without it.
+      The trigger is found by normalised steps, each followed by projection onto the L1 ball, so it
+      is sparse; its bound runs through three sizes, epoch by epoch. Half the epochs in, Adam's
+      rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a

@@ -1,6 +1,6 @@
 """Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,8 @@ def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> j
     """
     weights = masking.apply(params.weights, masks)
     variables = {"params": weights, "batch_stats": params.batch_stats}
-    return module(params.arch).apply(variables, _normalise(params.arch, images), train=False)
+    images = _normalise(params.arch, images)
+    return cast(jax.Array, module(params.arch).apply(variables, images, train=False))
 
 
 def apply_train(params: Params, images: jax.Array, *, key: jax.Array) -> tuple[jax.Array, Any]:

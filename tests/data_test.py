@@ -1,0 +1,209 @@
+"""Data sets, their cache, and who sees which image."""
+
+import csv
+import gzip
+import io
+import time
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from awm_jax import data
+from awm_jax.data import augment, gtsrb, mixing, official, splits
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache and no data directory from outside."""
+    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("AWM_DATA_DIR", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A machine without internet."""
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def _row(name, label, size, roi):
+    return dict(zip(("Filename", "Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2",
+                     "ClassId"), (name, *size, *roi, label), strict=True))
+
+
+def _archive(folder):
+    """Tiny archives in the official layout, at original sizes: a red sign on blue."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def picture():
+        pixels = np.zeros((60, 50, 3), np.uint8)
+        pixels[..., 2] = 255
+        pixels[6:54, 5:45] = (255, rng.integers(0, 50), 0)
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PPM")
+        return out.getvalue()
+
+    def table(rows):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, rows[0], delimiter=";")
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+
+    with zipfile.ZipFile(folder / "GTSRB_Final_Training_Images.zip", "w") as archive:
+        for label in (0, 7):
+            base = f"GTSRB/Final_Training/Images/{label:05d}"
+            rows = [_row(f"0_{i}.ppm", label, (50, 60), (5, 6, 45, 54)) for i in range(2)]
+            for row in rows:
+                archive.writestr(f"{base}/{row['Filename']}", picture())
+            archive.writestr(f"{base}/GT-{label:05d}.csv", table(rows))
+    rows = [_row(f"{i:05d}.ppm", 7, (50, 60), (5, 6, 45, 54)) for i in range(3)]
+    with zipfile.ZipFile(folder / "GTSRB_Final_Test_Images.zip", "w") as archive:
+        for row in rows:
+            archive.writestr(f"GTSRB/Final_Test/Images/{row['Filename']}", picture())
+    with zipfile.ZipFile(folder / "GTSRB_Final_Test_GT.zip", "w") as archive:
+        archive.writestr("GT-final_test.csv", table(rows))
+    return folder
+
+
+def test_gtsrb_builder_crops_and_caches(tmp_path, cache, monkeypatch):
+    folder = _archive(tmp_path / "archives")
+    monkeypatch.setattr(gtsrb, "COUNTS", {"train": 4, "test": 3})
+    first = data.load("gtsrb", folder)
+    assert first.train_images.shape == (4, 32, 32, 3) and first.train_images.dtype == np.uint8
+    assert sorted(first.train_labels.tolist()) == [0, 0, 7, 7]
+    assert first.test_labels.tolist() == [7, 7, 7] and first.num_classes == 43
+    # The region of interest is the red sign: no blue is left.
+    assert first.train_images[..., 0].min() == 255 and first.train_images[..., 2].max() == 0
+    for archive in folder.iterdir():
+        archive.unlink()
+    started = time.perf_counter()
+    again = data.load("gtsrb", folder)  # from the cache: the archives are gone
+    assert time.perf_counter() - started < 2
+    np.testing.assert_array_equal(first.train_images, again.train_images)
+
+
+def test_region_of_interest_scales_with_a_resized_picture():
+    pixels = np.zeros((30, 25, 3), np.uint8)
+    pixels[3:27, 2:23] = 200  # the same sign at half the size
+    row = _row("a", 0, (50, 60), (4, 6, 46, 54))
+    out = np.asarray(gtsrb.crop(Image.fromarray(pixels), row))
+    assert out.shape == (32, 32, 3) and out.min() == 200
+
+
+def test_incomplete_gtsrb_is_refused_and_leaves_nothing(tmp_path, cache):
+    folder = _archive(tmp_path / "archives")
+    with pytest.raises(OSError, match="39209 train images"):
+        data.load("gtsrb", folder)
+    assert not list(cache.glob("arrays/*"))
+
+
+def test_damaged_archive_is_named(tmp_path, cache):
+    folder = _archive(tmp_path / "archives")
+    path = folder / "GTSRB_Final_Training_Images.zip"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"Training_Images\.zip is no whole zip"):
+        data.load("gtsrb", folder)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("gtsrb", ["GTSRB_Final_Training_Images.zip", gtsrb.URL, "--data_dir"]),
+    ("mnist", ["train-images-idx3-ubyte.gz", official.MNIST_URL, "--data_dir"]),
+    ("cifar10", ["dataset_info.json", "--data_dir"])])
+def test_missing_data_is_said_at_once(name, words, cache, offline):
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load(name)
+    assert time.perf_counter() - started < 20
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_unknown_names_and_directories(cache):
+    with pytest.raises(ValueError, match="gtsrb"):
+        data.load("gtsrbb")
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        data.load("gtsrb", "/nowhere")
+
+
+def test_digits_are_real_and_whole(cache):
+    digits = data.load("digits")
+    assert digits.train_images.shape == (1100, 32, 32, 3)
+    assert len(digits.test_labels) == 697 and set(digits.test_labels) == set(range(10))
+    assert digits.test_images.max() == 255 and digits.test_images.min() == 0
+
+
+def test_mnist_files(shared_data, cache):
+    mnist = data.load("mnist", shared_data)
+    assert mnist.train_images.shape == (60000, 32, 32, 3)
+    assert mnist.test_labels[:4].tolist() == [7, 2, 1, 0]  # as every copy of MNIST begins
+    assert mnist.train_images[:, :2].max() == 0  # the padding
+
+
+def test_damaged_mnist_is_named(tmp_path, cache):
+    for name in official.MNIST_FILES.values():
+        (tmp_path / name).write_bytes(gzip.compress(b"nonsense"))
+    with pytest.raises(OSError, match="train-images"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("count, pool", [(12630, 5000), (697, 232)])
+def test_pool_and_evaluation_share_nothing(count, pool):
+    dataset = data.Dataset("x", np.zeros(0), np.zeros(0), np.zeros((count, 1)), np.zeros(count),
+                           2, False)
+    split, again = splits.defender_split(dataset), splits.defender_split(dataset)
+    assert len(split.pool_indices) == pool
+    both = np.concatenate(split)
+    np.testing.assert_array_equal(np.sort(both), np.arange(count))
+    np.testing.assert_array_equal(both, np.concatenate(again))
+
+
+@pytest.mark.parametrize("samples, per_class", [("one-shot", [1, 1, 1]), (3, [1, 1, 1]),
+                                                (6, [2, 2, 2]), (11, [5, 4, 2])])
+def test_draws_are_stratified(samples, per_class):
+    labels = np.array([0] * 8 + [1] * 4 + [2] * 2)
+    chosen = splits.draw_clean(1, labels, 3, samples)
+    assert len(np.unique(chosen)) == sum(per_class)
+    assert np.bincount(labels[chosen], minlength=3).tolist() == per_class
+    np.testing.assert_array_equal(chosen, splits.draw_clean(1, labels, 3, samples))
+
+
+def test_impossible_draws_are_refused():
+    with pytest.raises(ValueError, match="none of \\[1\\]"):
+        splits.draw_clean(0, np.array([0, 2]), 3)
+    with pytest.raises(ValueError, match="samples=9"):
+        splits.draw_clean(0, np.array([0, 1]), 2, 9)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_are_shifts(flip):
+    """A ramp of columns stays a ramp: shifted, clamped at the border, mirrored or not."""
+    ramp = np.broadcast_to(np.arange(8.0, dtype=np.float32)[None, None, :, None], (32, 8, 8, 1))
+    key = jax.random.key(0)
+    out = np.asarray(augment.crop_flip(key, ramp, pad=2, flip=flip))
+    np.testing.assert_array_equal(
+        out, jax.jit(augment.crop_flip, static_argnames="flip")(key, ramp, pad=2, flip=flip))
+    mirrored = 0
+    for image in out[..., 0]:
+        row = image[0]
+        assert (image == row).all()
+        mirrored += row[0] > row[-1]
+        row = row[::-1] if row[0] > row[-1] else row
+        shift = row[4] - 4
+        np.testing.assert_array_equal(row, np.clip(np.arange(8) + shift, 0, 7))
+        assert abs(shift) <= 3 if flip else abs(shift) <= 2
+    assert (mirrored > 0) == flip
+
+
+def test_mixing_stays_in_range_and_keeps_some_images():
+    images = np.random.default_rng(0).random((30, 8, 8, 3), np.float32)
+    out = np.asarray(mixing.mix(jax.random.key(0), images))
+    same = (out == images).all(axis=(1, 2, 3))
+    assert 0 < same.sum() < 30 and out.min() >= 0 and out.max() <= 1
+    np.testing.assert_array_equal(out, mixing.mix(jax.random.key(0), images))

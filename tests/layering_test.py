@@ -1,0 +1,60 @@
+"""Imports point one way (docs/design, rooms)."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted([*(ROOT / "awm_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
+LOW = {"types", "validate", "masks", "losses", "projections", "models", "bilevel", "metrics"}
+# Room: rooms of awm_jax that it must not import.
+FORBIDDEN = {
+    **{room: {"attacks", "defences", "data", "report", "training"} for room in LOW},
+    "attacks": {"defences", "data", "report"},
+    "defences": {"attacks", "report"},
+    "data": {"attacks", "defences", "models", "report", "training", "metrics"},
+    "report": {"attacks", "defences", "models", "data", "training", "metrics"},
+    "training": {"attacks", "defences", "report"},
+}
+
+
+def _imports(path):
+    """Every module a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    found = set(_imports(path))
+    tops = {name.split(".")[0] for name in found}
+    if parts[0] == "awm_jax":
+        assert "experiments" not in tops
+        rooms = {name.split(".")[1] for name in found if name.startswith("awm_jax.")}
+        assert not rooms & FORBIDDEN.get(parts[1], set())
+    if parts[1:2] != ("torch_compat",) and parts != ("experiments", "benchmark_torch"):
+        assert "torch" not in tops
+    if parts[:2] != ("awm_jax", "data"):
+        assert "tensorflow_datasets" not in tops
+
+
+def test_the_rule_can_fail(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from awm_jax.attacks import base\n")
+    assert "awm_jax.attacks" in set(_imports(file))
+
+
+def test_import_is_light():
+    import subprocess
+    import sys
+
+    code = ("import sys, awm_jax; heavy = {'torch', 'tensorflow_datasets', 'orbax', 'matplotlib', "
+            "'sklearn'} & set(sys.modules); sys.exit(','.join(heavy))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,125 @@
+"""The command: its options, its errors, its files, its second start."""
+
+import json
+
+import numpy as np
+import pytest
+
+from awm_jax import checkpoint
+from awm_jax.data import Dataset
+from experiments import oneshot, results
+from experiments.cli import parser
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--dataset", "imagenet"], "digits"), (["--attack", "badnet"], "trojan_sq"),
+    (["--samples", "0"], "one-shot"), (["--seeds", "-1"], "whole number"),
+    (["--variant", "pepper"], "official"), (["--poison_rate", "2"], "between 0 and 1"),
+    (["--arch", "vgg"], "resnet18"), (["--epochs", "two"], "whole number")])
+def test_wrong_values_get_one_line_with_the_choices(argv, word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(argv)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and word in err
+
+
+def test_lists_and_all():
+    args = parser().parse_args(["--attack", "all", "--variant", "paper,distilled"])
+    assert len(args.attack) == 6 and args.variant == ("paper", "distilled")
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--checkpoint", "/nowhere.pth"], "/nowhere.pth"), (["--trigger", "/nowhere.png"], "PNG"),
+    (["--data_dir", "/nowhere", "--dataset", "gtsrb"], "/nowhere"), (["--target", "10"], "0..9")])
+def test_bad_input_ends_in_one_line(argv, word, capsys, tmp_path):
+    assert oneshot.main([*argv, "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert word in err and "Traceback" not in err
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A data set of dark and bright 8x8 images, and an empty cache."""
+    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+
+    def images(count):
+        labels = (np.arange(count) % 10).astype(np.int32)
+        pixels = rng.integers(0, 30, (count, 8, 8, 3)) + 20 * labels[:, None, None, None]
+        return pixels.astype(np.uint8), labels
+
+    dataset = Dataset("digits", *images(200), *images(90), 10, False)
+    monkeypatch.setattr(oneshot.data, "load", lambda name, data_dir=None: dataset)
+    return tmp_path
+
+
+ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets"]
+
+
+def test_writes_everything_and_resumes(tiny, capsys, monkeypatch):
+    out = tiny / "run"
+    assert oneshot.main([*ARGV, "--seeds", "1", "--out", str(out)]) == 0
+    saved = json.loads((out / "results.json").read_text())
+    (cell,) = saved["cells"].values()
+    assert {"acc", "asr", "asr_all", "recovered"} == set(cell["before"]) == set(cell["after"])
+    assert len(cell["clean_indices"]) == 10 and saved["versions"]["jax"]
+    assert cell["settings"]["epochs"] == 1 and len(cell["history"]["clean_loss"]) == 1
+    for name in ("table.md", "badnets-pairs.png", "badnets-distilled-history.png",
+                 "badnets-distilled-masks.png", "badnets-distilled-trigger.png"):
+        assert (out / name).stat().st_size > 0
+    assert checkpoint.exists(out / "purified" / "badnets-distilled-0")
+
+    purified = []
+    real = oneshot._purify
+    monkeypatch.setattr(oneshot, "_purify", lambda *a: purified.append(a[2]) or real(*a))
+    assert oneshot.main([*ARGV, "--seeds", "2", "--out", str(out)]) == 0
+    assert purified == [1]  # seed 0 was there already
+    assert len(json.loads((out / "results.json").read_text())["cells"]) == 2
+    assert "| badnets | distilled |" in capsys.readouterr().out
+
+
+def test_interrupt_says_how_to_go_on(tiny, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(oneshot, "_purify", stop)
+    assert oneshot.main([*ARGV, "--out", str(tiny / "run")]) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_interrupted_training_resumes(tiny, monkeypatch):
+    from experiments import networks
+
+    real, calls = networks.Progress.update, []
+
+    def update(self, done, **figures):
+        calls.append(done)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        real(self, done, **figures)
+
+    monkeypatch.setattr(networks.Progress, "update", update)
+    argv = ["--epochs", "3", "--purify_epochs", "1", "--seeds", "1", "--out", str(tiny / "r")]
+    assert oneshot.main(argv) == 130
+    monkeypatch.setattr(networks.Progress, "update",
+                        lambda self, done, **figures: calls.append(done))
+    assert oneshot.main(argv) == 0
+    assert calls[:4] == [1, 2, 2, 3]  # epoch 1 was kept, epoch 2 had to be done again
+
+
+def test_damaged_results_are_set_aside(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    assert results.read_cells(path) == {}
+    assert (tmp_path / "results.damaged.json").read_text() == "{"
+
+
+def test_table_by_hand():
+    def cell(acc, asr):
+        scores = {"acc": acc, "asr": asr, "asr_all": asr, "recovered": 0.0}
+        return {"attack": "a", "variant": "v", "before": scores, "after": scores, "status": "OK",
+                "seconds": 2.0}
+
+    text = results.table([cell(90.0, 10.0), cell(92.0, 20.0)], 10)
+    means = "91.00±1.41 | 15.00±7.07 | 91.00±1.41 | 15.00±7.07 | 15.00±7.07"
+    assert f"| a | v | {means} | 1/2 | OK | 2 |" in text

@@ -1,0 +1,188 @@
+"""PyTorch files in and out, logit for logit."""
+
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from awm_jax import models
+from awm_jax.types import Arch
+
+torch = pytest.importorskip("torch")
+from awm_jax import torch_compat  # noqa: E402
+
+SUSPECTS = ["badnets_8_02", "trojan_sq_2_02", "gtsrbbadnets_8_02", "gtsrbtrojan_wm_2_02"]
+IMAGES = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
+
+
+class Vgg(torch.nn.Module):
+    """Table 6 of the AWM paper."""
+
+    def __init__(self, classes):
+        super().__init__()
+        layers, width = [], 3
+        for features, dropout in ((32, 0.3), (64, 0.4), (128, 0.4)):
+            for _ in range(2):
+                layers += [torch.nn.Conv2d(width, features, 3, padding=1),
+                           torch.nn.BatchNorm2d(features), torch.nn.ELU()]
+                width = features
+            layers += [torch.nn.MaxPool2d(2), torch.nn.Dropout(dropout)]
+        self.features = torch.nn.Sequential(*layers)
+        self.classifier = torch.nn.Linear(2048, classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Block(torch.nn.Module):
+    """A basic residual block, shortcut under the name ``name``."""
+
+    def __init__(self, before, after, stride, name):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(after)
+        self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(after)
+        self.way = name
+        skip = torch.nn.Sequential()
+        if stride != 1 or before != after:
+            skip = torch.nn.Sequential(torch.nn.Conv2d(before, after, 1, stride, bias=False),
+                                       torch.nn.BatchNorm2d(after))
+        setattr(self, name, skip)
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + getattr(self, self.way)(x))
+
+
+class ResNet(torch.nn.Module):
+    """ResNet-18 for 32x32 images, in either spelling."""
+
+    def __init__(self, classes, shortcut, dense):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(64)
+        width = 64
+        for stage, features in enumerate((64, 128, 256, 512), start=1):
+            first = Block(width, features, 1 if stage == 1 else 2, shortcut)
+            setattr(self, f"layer{stage}", torch.nn.Sequential(
+                first, Block(features, features, 1, shortcut)))
+            width = features
+        self.dense = dense
+        setattr(self, dense, torch.nn.Linear(512, classes))
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+        return getattr(self, self.dense)(x.mean((2, 3)))
+
+
+def _random(net):
+    """BatchNorm statistics that matter."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.normal_(module.running_mean, 0.0, 0.3)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    return net.eval()
+
+
+def _logits(net):
+    with torch.no_grad():
+        return net(torch.tensor(IMAGES.transpose(0, 3, 1, 2))).numpy()
+
+
+def _parity(net, params):
+    theirs = _logits(net)
+    ours = np.asarray(jax.jit(models.apply)(params, IMAGES))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SUSPECTS)
+def test_third_party_networks_there_and_back(name, shared_data, tmp_path):
+    path = shared_data / "third_party_models" / f"{name}_ckpt.pth"
+    params = torch_compat.load(path)
+    net = Vgg(params.arch.num_classes).eval()
+    net.load_state_dict(torch.load(path, weights_only=True)["net"])
+    _parity(net, params)
+    torch_compat.save(tmp_path / "back.pth", params, template_path=path)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    original = torch.load(path, weights_only=True)
+    assert back["acc"] == original["acc"] and list(back["net"]) == list(original["net"])
+    for key, value in original["net"].items():
+        assert torch.equal(back["net"][key], value), key
+
+
+@pytest.mark.parametrize("net", [Vgg(7), ResNet(5, "shortcut", "linear"),
+                                 ResNet(5, "downsample", "fc")])
+def test_random_networks_there_and_back(net):
+    net = _random(net)
+    params = torch_compat.params_from_state_dict(net.state_dict())
+    _parity(net, params)
+    before = _logits(net)
+    state = torch_compat.state_dict_from_params(params, net.state_dict())
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
+    net.load_state_dict(state, strict=True)
+    np.testing.assert_array_equal(_logits(net), before)
+
+
+def test_plain_state_dicts_and_prefixes(tmp_path):
+    net = Vgg(4)
+    torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path / "a.pth")
+    params = torch_compat.load(tmp_path / "a.pth")
+    torch_compat.save(tmp_path / "b.pth", params)
+    Vgg(4).load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True), strict=True)
+
+
+def test_the_template_is_never_overwritten(tmp_path, small_params):
+    torch.save(Vgg(4).state_dict(), tmp_path / "a.pth")
+    params = torch_compat.load(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="another path"):
+        torch_compat.save(tmp_path / "a.pth", params, tmp_path / "a.pth")
+
+
+class _Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/awm_jax_was_here",))
+
+
+def test_code_is_never_run(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"net": _Evil()}))
+    torch.save({"net": _Evil()}, tmp_path / "evil2.pth")
+    for name in ("evil.pth", "evil2.pth"):
+        with pytest.raises(ValueError, match="refused"):
+            torch_compat.load(tmp_path / name)
+    assert not os.path.exists("/tmp/awm_jax_was_here")
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        torch_compat.load(tmp_path / "none.pth")
+    torch.save(Vgg(4).state_dict(), tmp_path / "cut.pth")
+    content = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises((OSError, ValueError), match=r"cut\.pth"):
+        torch_compat.load(tmp_path / "cut.pth")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="keys epoch"):
+        torch_compat.load(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="small_vgg or a resnet18"):
+        torch_compat.params_from_state_dict({"a.weight": torch.zeros(1)})
+
+
+def test_all_differences_are_listed():
+    state = Vgg(4).state_dict()
+    state["extra"] = torch.zeros(1)
+    del state["features.3.bias"]
+    state["features.0.weight"] = torch.zeros(16, 3, 3, 3)
+    with pytest.raises(ValueError) as caught:
+        torch_compat.params_from_state_dict(state, Arch(name="small_vgg", num_classes=4))
+    message = str(caught.value)
+    assert "missing: features.3.bias" in message and "unexpected: extra" in message
+    assert "features.0.weight (16, 3, 3, 3) instead of (32, 3, 3, 3)" in message

@@ -5,10 +5,11 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import uuid
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from awm_jax.types import Arch, Params
@@ -38,7 +39,7 @@ def save(directory: Path, params: Params, metadata: dict[str, Any] | None = None
       overwrite: replace a checkpoint that is there.
 
     Raises:
-      FileExistsError: the directory exists and ``overwrite`` is False.
+      FileExistsError: something is there and ``overwrite`` is False, or it is no checkpoint.
 
     Example: `save('runs/purified', purified.params, {'status': 'OK'})`.
     """
@@ -66,8 +67,8 @@ def load(directory: Path) -> tuple[Params, dict[str, Any]]:
     try:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in sidecar["arch"].items()}
-        return (Params(tree["weights"], tree["batch_stats"] or {}, Arch(**fields)),
-                sidecar["metadata"])
+        arrays = jax.tree.map(jnp.asarray, (tree["weights"], tree["batch_stats"] or {}))
+        return Params(*arrays, Arch(**fields)), sidecar["metadata"]
     except (KeyError, TypeError, AttributeError) as error:
         raise OSError(f"{directory} holds no network: {error!r} is missing or wrong.") from error
 
@@ -83,8 +84,14 @@ def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None
             f"Expected {target} to be free, there is something. Choose another directory or pass "
             "overwrite=True."
         )
+    if target.exists() and not exists(target):  # somebody's other files
+        raise FileExistsError(
+            f"Expected {target} to be free or a checkpoint (no {_SIDECAR} in it); anything else is "
+            "never overwritten. Choose another directory."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary / "tree", jax.tree.map(np.asarray, tree))
@@ -97,19 +104,43 @@ def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None
 def load_tree(directory: Path, like: Any) -> Any:
     """Reads a tree that `save_tree` wrote into the structure of ``like``.
 
+    Args:
+      directory: as `save_tree` wrote it.
+      like: a tree of the same structure, whose arrays have the same shapes.
+
+    Returns:
+      The tree, of arrays.
+
     Raises:
       FileNotFoundError: nothing there.
-      OSError: damaged, or of another structure.
+      OSError: damaged, or of another structure or other shapes.
+
+    Example: `state = load_tree('runs/state', training.init(key, arch, config, num_images))`.
     """
-    return _restore(directory, like)[0]
+    # Numbers in place of arrays: Orbax compares leaves with == when it describes a mismatch.
+    tree, _ = _restore(directory, jax.tree.map(lambda leaf: 0, like))
+    wrong = [
+        f"{jax.tree_util.keystr(path)} {np.shape(found)} instead of {np.shape(wanted)}"
+        for (path, found), wanted in zip(jax.tree_util.tree_leaves_with_path(tree),
+                                         jax.tree.leaves(like), strict=True)
+        if np.shape(found) != np.shape(wanted)
+    ]
+    if wrong:
+        raise OSError(f"{directory} holds arrays of other shapes: {', '.join(wrong)}.")
+    return tree
 
 
 def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """Puts a finished directory in place of an old one, which goes last."""
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    old = temporary.with_name(f"{temporary.name}-old")
     if target.exists():
         os.replace(target, old)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -128,5 +159,5 @@ def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(target / "tree", item=like)
     except Exception as error:  # Orbax raises many kinds for a damaged directory
-        raise OSError(f"{target} is damaged or of another kind: {error}") from error
+        raise OSError(f"{target} is damaged or holds another structure: {error}") from error
     return tree, sidecar

@@ -3,15 +3,19 @@
 import os
 import pathlib
 import pickle
-import tempfile
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from awm_jax import validate
 from awm_jax.types import Arch, Params
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
 _VGG_CONVS = (0, 3, 8, 11, 16, 19)
+_LAYOUTS = ("small_vgg", "resnet18")
+_COUNTER = "num_batches_tracked"
 
 
 def _torch():
@@ -30,12 +34,17 @@ def _read(path: str | os.PathLike) -> Any:
     torch = _torch()
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a PyTorch file at {path}, found nothing there.")
+        raise FileNotFoundError(f"Expected a PyTorch file at {path}, found no file there.")
+    with path.open("rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or the older bare pickle
+            raise OSError(f"{path} is no PyTorch file: neither a zip archive nor a pickle.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{path} was refused: it holds more than tensors, and loading it could run code of its "
+            f"{path} was refused: it is damaged or holds more than tensors"
+            f"{f' ({named[1]})' if named else ''}, and loading that could run code of its "
             "author's. Save the state_dict alone (torch.save(net.state_dict(), PATH)) where you "
             "trust it."
         ) from error
@@ -87,34 +96,44 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-Entry = tuple[str, tuple[str, ...], str]  # PyTorch name, path in Params, kind
+class Entry(NamedTuple):
+    """One tensor: its PyTorch name, its path in `Params`, and how its axes are laid out.
+
+    ``grid`` is the ``(C, H, W)`` that a ``'flat'`` kernel's inputs were flattened from.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kind: str = "vector"
+    grid: tuple[int, int, int] = (0, 0, 0)
 
 
-def _norm_entries(torch_name: str, path: tuple[str, ...]) -> list[Entry]:
+def _norm_entries(name: str, path: tuple[str, ...]) -> list[Entry]:
     """The four tensors of a BatchNorm."""
     return [
-        (f"{torch_name}.weight", ("weights", *path, "scale"), "vector"),
-        (f"{torch_name}.bias", ("weights", *path, "bias"), "vector"),
-        (f"{torch_name}.running_mean", ("batch_stats", *path, "mean"), "vector"),
-        (f"{torch_name}.running_var", ("batch_stats", *path, "var"), "vector"),
+        Entry(f"{name}.weight", ("weights", *path, "scale")),
+        Entry(f"{name}.bias", ("weights", *path, "bias")),
+        Entry(f"{name}.running_mean", ("batch_stats", *path, "mean")),
+        Entry(f"{name}.running_var", ("batch_stats", *path, "var")),
     ]
 
 
-def _vgg_entries() -> list[Entry]:
+def _vgg_entries(image_shape: tuple[int, int, int]) -> list[Entry]:
     """The small VGG as the I-BAU and AWM code lay it out."""
     entries: list[Entry] = []
     for i, n in enumerate(_VGG_CONVS, start=1):
-        entries += [(f"features.{n}.weight", ("weights", f"conv{i}", "kernel"), "conv"),
-                    (f"features.{n}.bias", ("weights", f"conv{i}", "bias"), "vector"),
+        entries += [Entry(f"features.{n}.weight", ("weights", f"conv{i}", "kernel"), "conv"),
+                    Entry(f"features.{n}.bias", ("weights", f"conv{i}", "bias")),
                     *_norm_entries(f"features.{n + 1}", (f"bn{i}",))]
-    return [*entries, ("classifier.weight", ("weights", "dense", "kernel"), "dense_128"),
-            ("classifier.bias", ("weights", "dense", "bias"), "vector")]
+    grid = (128, image_shape[0] // 8, image_shape[1] // 8)  # after three 2x2 poolings
+    return [*entries, Entry("classifier.weight", ("weights", "dense", "kernel"), "flat", grid),
+            Entry("classifier.bias", ("weights", "dense", "bias"))]
 
 
 def _resnet_entries(shortcut: str, dense: str) -> list[Entry]:
     """ResNet-18 as the CIFAR repositories (``shortcut``, ``linear``) or torchvision name it."""
-    entries: list[Entry] = [("conv1.weight", ("weights", "conv1", "kernel"), "conv"),
-                            *_norm_entries("bn1", ("bn1",))]
+    entries = [Entry("conv1.weight", ("weights", "conv1", "kernel"), "conv"),
+               *_norm_entries("bn1", ("bn1",))]
     for stage in range(1, 5):
         for block in range(2):
             theirs, ours = f"layer{stage}.{block}", f"layer{stage}_{block}"
@@ -122,72 +141,105 @@ def _resnet_entries(shortcut: str, dense: str) -> list[Entry]:
             if stage > 1 and block == 0:
                 pairs.append((f"{shortcut}.0", f"{shortcut}.1", "shortcut_conv", "shortcut_bn"))
             for conv, norm, our_conv, our_norm in pairs:
-                entries.append((f"{theirs}.{conv}.weight",
-                                ("weights", ours, our_conv, "kernel"), "conv"))
+                entries.append(Entry(f"{theirs}.{conv}.weight",
+                                     ("weights", ours, our_conv, "kernel"), "conv"))
                 entries += _norm_entries(f"{theirs}.{norm}", (ours, our_norm))
-    return [*entries, (f"{dense}.weight", ("weights", "dense", "kernel"), "dense"),
-            (f"{dense}.bias", ("weights", "dense", "bias"), "vector")]
+    return [*entries, Entry(f"{dense}.weight", ("weights", "dense", "kernel"), "dense"),
+            Entry(f"{dense}.bias", ("weights", "dense", "bias"))]
 
 
-def _entries(arch: str, names: Any = ()) -> list[Entry]:
+def _entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
     """The layout of an architecture, in the spelling that ``names`` use."""
-    if arch == "small_vgg":
-        return _vgg_entries()
-    if arch == "resnet18":
-        shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
-        return _resnet_entries(shortcut, "fc" if "fc.weight" in names else "linear")
-    raise ValueError(f"Expected arch={arch!r} to be one of: small_vgg, resnet18.")
+    validate.choice(_LAYOUTS, arch=arch.name)
+    if arch.name == "small_vgg":
+        return _vgg_entries(arch.image_shape)
+    shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
+    return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")
 
 
-def _detect(names: Any) -> str:
-    """The architecture whose names these are."""
-    for arch in ("small_vgg", "resnet18"):
-        if {entry[0] for entry in _entries(arch, names)} <= set(names):
-            return arch
-    raise ValueError(
-        "Expected the names of a small_vgg or a resnet18; got "
-        f"{', '.join(list(names)[:6])}, ... Name the architecture to see what differs."
-    )
+def _detect(state: Mapping[str, Any]) -> str:
+    """The architecture that most names fit; a few may be missing, which is reported later."""
+    share = {}
+    for name in _LAYOUTS:
+        expected = {e.name for e in _entries(Arch(name=name, num_classes=2), state)}
+        share[name] = len(expected & set(state)) / len(expected)
+    best = max(share, key=lambda name: share[name])
+    if share[best] < 0.5:
+        raise ValueError(
+            "Expected the names of a small_vgg or a resnet18; got "
+            f"{', '.join(list(state)[:6])}, ... Name the architecture to see what differs."
+        )
+    return best
 
 
-def _to_jax(value: np.ndarray, kind: str) -> np.ndarray:
+def _complete(arch: Arch | str | None, state: Mapping[str, Any],
+              image_shape: tuple[int, int, int]) -> Arch:
+    """An `Arch` from as much of it as is given; the last layer says how many classes."""
+    if isinstance(arch, Arch):
+        return arch
+    last = [state[f"{layer}.{part}"] for layer in ("classifier", "linear", "fc")
+            for part in ("bias", "weight") if f"{layer}.{part}" in state]
+    num_classes = max([2, *(int(value.shape[0]) for value in last[:1] if value.ndim)])
+    return Arch(name=arch or _detect(state), num_classes=num_classes, image_shape=image_shape)
+
+
+def _to_jax(value: np.ndarray, entry: Entry) -> np.ndarray:
     """PyTorch's layout to Flax's."""
-    if kind == "conv":
+    if entry.kind == "conv":
         return value.transpose(2, 3, 1, 0)
-    if kind == "dense":
+    if entry.kind == "dense":
         return value.T
-    if kind.startswith("dense_"):  # flattened from C, H, W there, from H, W, C here
-        channels = int(kind.removeprefix("dense_"))
-        side = round((value.shape[1] / channels) ** 0.5)
-        return value.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(
-            value.shape[1], -1)
+    if entry.kind == "flat":  # flattened from C, H, W there, from H, W, C here
+        return value.reshape(-1, *entry.grid).transpose(2, 3, 1, 0).reshape(value.shape[1], -1)
     return value
 
 
-def _to_torch(value: np.ndarray, kind: str) -> np.ndarray:
+def _to_torch(value: np.ndarray, entry: Entry) -> np.ndarray:
     """The inverse of `_to_jax`."""
-    if kind == "conv":
+    if entry.kind == "conv":
         return value.transpose(3, 2, 0, 1)
-    if kind == "dense":
+    if entry.kind == "dense":
         return value.T
-    if kind.startswith("dense_"):
-        channels = int(kind.removeprefix("dense_"))
-        side = round((value.shape[0] / channels) ** 0.5)
-        return value.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(
-            -1, value.shape[0])
+    if entry.kind == "flat":
+        channels, height, width = entry.grid
+        value = value.reshape(height, width, channels, -1)
+        return value.transpose(3, 2, 0, 1).reshape(value.shape[3], -1)
     return value
 
 
-def params_from_state_dict(state: dict[str, Any], arch: Arch | None = None) -> Params:
+def _leaf(params: Params, path: tuple[str, ...]) -> Any:
+    """What lies at a path of an `Entry`."""
+    node: Any = {"weights": params.weights, "batch_stats": params.batch_stats}
+    for part in path:
+        node = node[part]
+    return node
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Every name and shape in which tensors differ from what is expected; empty if none does."""
+    counted = {name for name in {*found, *expected} if name.endswith(_COUNTER)}
+    lists = {
+        "missing": [n for n in expected if n not in found and n not in counted],
+        "unexpected": [n for n in found if n not in expected and n not in counted],
+        "shape": [f"{n} {tuple(found[n].shape)} instead of {tuple(shape)}"
+                  for n, shape in expected.items()
+                  if n in found and n not in counted and tuple(found[n].shape) != tuple(shape)],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+
+
+def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = None,
+                           image_shape: tuple[int, int, int] = (32, 32, 3)) -> Params:
     """A network from PyTorch tensors.
 
     Args:
       state: names to tensors, as `load_state_dict` gives them.
-      arch: what it should be; None finds the architecture from the names and takes 32x32 images
-        without normalisation.
+      arch: what it should be: an `Arch`, its name, or None to tell by the tensors' names. Without
+        an `Arch`, the last layer gives the number of classes and images are not normalised.
+      image_shape: ``(height, width, channels)`` of its images; an `Arch` brings its own.
 
     Returns:
-      `Params`, float32.
+      `Params`, float32, sharing no memory with the tensors.
 
     Raises:
       ValueError: all differences at once: missing and unexpected names, wrong shapes; or a network
@@ -200,41 +252,28 @@ def params_from_state_dict(state: dict[str, Any], arch: Arch | None = None) -> P
 
     from awm_jax import models
 
-    if arch is None:
-        name = _detect(state)
-        dense = next(n for n in ("classifier.bias", "linear.bias", "fc.bias") if n in state)
-        arch = Arch(name=name, num_classes=int(state[dense].shape[0]))
-    entries = _entries(arch.name, state)
-    counters = {n for n in state if n.endswith("num_batches_tracked")}
-    missing = [e[0] for e in entries if e[0] not in state]
-    unexpected = sorted(set(state) - {e[0] for e in entries} - counters)
-    expected = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
-    shapes = {"weights": expected.weights, "batch_stats": expected.batch_stats}
-    tree: dict[str, Any] = {}
-    wrong = []
-    for torch_name, path, kind in entries:
-        if torch_name not in state:
-            continue
-        value = _to_jax(np.asarray(state[torch_name].detach().cpu().float().numpy()), kind)
-        node, want = tree, shapes
-        for part in path[:-1]:
-            node, want = node.setdefault(part, {}), want[part]
-        node[path[-1]] = jnp.asarray(value)
-        if value.shape != want[path[-1]].shape:
-            theirs = tuple(state[torch_name].shape)
-            ours = _to_torch(np.zeros(want[path[-1]].shape, np.float32), kind).shape
-            wrong.append(f"{torch_name} {theirs} instead of {ours}")
-    if missing or unexpected or wrong:
-        lists = [("missing", missing), ("unexpected", unexpected), ("shape", wrong)]
+    arch = _complete(arch, state, image_shape)
+    entries = _entries(arch, state)
+    ours = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
+    wanted = {e.name: _to_torch(np.broadcast_to(np.float32(0), _leaf(ours, e.path).shape), e).shape
+              for e in entries}
+    if differences := _differences(state, wanted):
         raise ValueError(
-            f"The file is no {arch.name} with {arch.num_classes} classes. "
-            + "; ".join(f"{what}: {', '.join(found)}" for what, found in lists if found)
+            f"The tensors are no {arch.name} with {arch.num_classes} classes for images of "
+            f"{'x'.join(map(str, arch.image_shape))}. {differences}."
         )
+    tree: dict[str, Any] = {}
+    for entry in entries:
+        node = tree
+        for part in entry.path[:-1]:
+            node = node.setdefault(part, {})
+        value = state[entry.name].detach().cpu().float().numpy()
+        node[entry.path[-1]] = jnp.array(_to_jax(value, entry))
     return Params(tree["weights"], tree["batch_stats"], arch)
 
 
 def state_dict_from_params(params: Params,
-                           template: dict[str, Any] | None = None) -> dict[str, Any]:
+                           template: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """PyTorch tensors of a network, under the names its own kind of repository uses.
 
     Args:
@@ -244,34 +283,39 @@ def state_dict_from_params(params: Params,
     Returns:
       Names to tensors; ``load_state_dict(..., strict=True)`` takes them.
 
+    Raises:
+      ValueError: an architecture without a PyTorch layout, or a template of another network.
+
     Example: `net.load_state_dict(state_dict_from_params(params))`.
     """
     torch = _torch()
     out: dict[str, Any] = {}
-    for torch_name, path, kind in _entries(params.arch.name, template or ()):
-        node: Any = {"weights": params.weights, "batch_stats": params.batch_stats}
-        for part in path:
-            node = node[part]
-        value = np.ascontiguousarray(_to_torch(np.asarray(node), kind))
-        out[torch_name] = torch.tensor(value)
-        if torch_name.endswith("running_var"):
-            counter = torch_name.replace("running_var", "num_batches_tracked")
-            out[counter] = torch.tensor(0)
-    if template is not None:
-        counters = {n: v for n, v in template.items() if n.endswith("num_batches_tracked")}
-        merged = {**out, **counters}
-        out = {n: merged[n].to(template[n].dtype) for n in template}
-    return out
+    for entry in _entries(params.arch, template or ()):
+        value = np.ascontiguousarray(_to_torch(np.asarray(_leaf(params, entry.path)), entry))
+        out[entry.name] = torch.tensor(value)
+        if entry.name.endswith("running_var"):
+            out[entry.name.replace("running_var", _COUNTER)] = torch.tensor(0)
+    if template is None:
+        return out
+    if differences := _differences(template, {n: tuple(v.shape) for n, v in out.items()}):
+        raise ValueError(
+            f"The template is no {params.arch.name} with {params.arch.num_classes} classes. "
+            f"{differences}."
+        )
+    return {n: v if n.endswith(_COUNTER) else out[n].to(v.dtype) for n, v in template.items()}
 
 
-def load(path: str | os.PathLike, arch: Arch | None = None) -> Params:
-    """`params_from_state_dict` of a file; errors as there and in `load_state_dict`."""
-    return params_from_state_dict(load_state_dict(path), arch)
+def load(path: str | os.PathLike, arch: Arch | str | None = None,
+         image_shape: tuple[int, int, int] = (32, 32, 3)) -> Params:
+    """`params_from_state_dict` of a file; arguments, errors as there and in `load_state_dict`."""
+    return params_from_state_dict(load_state_dict(path), arch, image_shape)
 
 
 def save(path: str | os.PathLike, params: Params,
          template_path: str | os.PathLike | None = None) -> None:
     """Writes a network as a PyTorch file, under a temporary name that is then renamed.
+
+    ``arch.mean`` and ``arch.std`` have no place in a state_dict: normalise in PyTorch as before.
 
     Args:
       path: the file to write.
@@ -300,6 +344,9 @@ def save(path: str | os.PathLike, params: Params,
     else:
         content = state_dict_from_params(params)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        torch.save(content, file)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -80,8 +80,11 @@ def test_gtsrb_builder_crops_and_caches(tmp_path, cache, monkeypatch):
     assert first.train_images.shape == (4, 32, 32, 3) and first.train_images.dtype == np.uint8
     assert sorted(first.train_labels.tolist()) == [0, 0, 7, 7]
     assert first.test_labels.tolist() == [7, 7, 7] and first.num_classes == 43
-    # The region of interest is the red sign: no blue is left.
-    assert first.train_images[..., 0].min() == 255 and first.train_images[..., 2].max() == 0
+    # The region of interest is the red sign: no blue is left but what the bilinear filter, whose
+    # support is over a pixel wide when it shrinks, draws in along the border.
+    inside = first.train_images[:, 1:-1, 1:-1]
+    assert inside[..., 0].min() == 255 and inside[..., 2].max() == 0
+    assert first.train_images[..., 2].max() < 100
     for archive in folder.iterdir():
         archive.unlink()
     started = time.perf_counter()
@@ -95,7 +98,9 @@ def test_region_of_interest_scales_with_a_resized_picture():
     pixels[3:27, 2:23] = 200  # the same sign at half the size
     row = _row("a", 0, (50, 60), (4, 6, 46, 54))
     out = np.asarray(gtsrb.crop(Image.fromarray(pixels), row))
-    assert out.shape == (32, 32, 3) and out.min() == 200
+    assert out.shape == (32, 32, 3) and out[2:-2, 2:-2].min() == 200
+    uncropped = np.asarray(Image.fromarray(pixels).resize((32, 32)))
+    assert uncropped[2:-2, 2:-2].min() < 200  # the test can fail
 
 
 def test_incomplete_gtsrb_is_refused_and_leaves_nothing(tmp_path, cache):

@@ -107,12 +107,12 @@ def _parity(net, params):
 def test_third_party_networks_there_and_back(name, shared_data, tmp_path):
     path = shared_data / "third_party_models" / f"{name}_ckpt.pth"
     params = torch_compat.load(path)
+    original = torch.load(path, weights_only=True, map_location="cpu")  # written on a GPU
     net = Vgg(params.arch.num_classes).eval()
-    net.load_state_dict(torch.load(path, weights_only=True)["net"])
+    net.load_state_dict(original["net"])
     _parity(net, params)
     torch_compat.save(tmp_path / "back.pth", params, template_path=path)
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
-    original = torch.load(path, weights_only=True)
+    back = torch.load(tmp_path / "back.pth", map_location="cpu", weights_only=True)
     assert back["acc"] == original["acc"] and list(back["net"]) == list(original["net"])
     for key, value in original["net"].items():
         assert torch.equal(back["net"][key], value), key
@@ -145,6 +145,71 @@ def test_the_template_is_never_overwritten(tmp_path, small_params):
     params = torch_compat.load(tmp_path / "a.pth")
     with pytest.raises(ValueError, match="another path"):
         torch_compat.save(tmp_path / "a.pth", params, tmp_path / "a.pth")
+    (tmp_path / "link.pth").symlink_to(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="another path"):
+        torch_compat.save(tmp_path / "link.pth", params, tmp_path / "a.pth")
+
+
+def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    params = torch_compat.params_from_state_dict(Vgg(4).state_dict())
+    torch_compat.save(tmp_path / "a.pth", params)
+    before = (tmp_path / "a.pth").read_bytes()
+
+    def stop(content, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        torch_compat.save(tmp_path / "a.pth", params)
+    assert (tmp_path / "a.pth").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_template_of_another_network_is_refused():
+    params = torch_compat.params_from_state_dict(Vgg(4).state_dict())
+    with pytest.raises(ValueError, match=r"classifier\.bias \(9,\) instead of \(4,\)"):
+        torch_compat.state_dict_from_params(params, Vgg(9).state_dict())
+    resnet = {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    with pytest.raises(ValueError, match=r"missing: features\.0\.w.*unexpected: conv1\.weight"):
+        torch_compat.state_dict_from_params(params, resnet)
+
+
+def test_counters_and_dtypes_follow_the_template():
+    state = {k: v.half() if v.ndim == 4 else v for k, v in Vgg(4).state_dict().items()}
+    state["features.1.num_batches_tracked"] = torch.tensor(7)
+    params = torch_compat.params_from_state_dict(state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    back = torch_compat.state_dict_from_params(params, state)
+    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in state.items())
+    plain = torch_compat.state_dict_from_params(params)
+    assert list(plain) and int(plain["features.1.num_batches_tracked"]) == 0
+
+
+def test_params_do_not_share_memory_with_the_network():
+    net = Vgg(4)
+    params = torch_compat.params_from_state_dict(net.state_dict())
+    before = jax.tree.map(np.array, params)
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.add_(1)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_a_name_and_an_image_shape_are_enough():
+    shape = (8, 16, 3)  # not square: height and width must not be mixed up
+    net = Vgg(5)
+    net.classifier = torch.nn.Linear(128 * 1 * 2, 5)
+    net = _random(net)
+    params = torch_compat.params_from_state_dict(net.state_dict(), "small_vgg", shape)
+    assert params.arch == Arch(name="small_vgg", num_classes=5, image_shape=shape)
+    images = np.random.default_rng(1).random((2, *shape), np.float32)
+    with torch.no_grad():
+        theirs = net(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    ours = jax.jit(models.apply)(params, images)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+    back = torch_compat.state_dict_from_params(params)
+    assert all(torch.equal(back[k], v) for k, v in net.state_dict().items() if v.ndim)
 
 
 class _Evil:
@@ -156,7 +221,7 @@ def test_code_is_never_run(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"net": _Evil()}))
     torch.save({"net": _Evil()}, tmp_path / "evil2.pth")
     for name in ("evil.pth", "evil2.pth"):
-        with pytest.raises(ValueError, match="refused"):
+        with pytest.raises(ValueError, match=rf"{name} was refused"):
             torch_compat.load(tmp_path / name)
     assert not os.path.exists("/tmp/awm_jax_was_here")
 
@@ -167,8 +232,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     torch.save(Vgg(4).state_dict(), tmp_path / "cut.pth")
     content = (tmp_path / "cut.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
-    with pytest.raises((OSError, ValueError), match=r"cut\.pth"):
+    with pytest.raises(OSError, match=r"cut\.pth is no whole PyTorch file"):
         torch_compat.load(tmp_path / "cut.pth")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
+    with pytest.raises(OSError, match=r"page\.pth is no PyTorch file"):
+        torch_compat.load(tmp_path / "page.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="keys epoch"):
         torch_compat.load(tmp_path / "none.pth")
@@ -176,13 +244,16 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         torch_compat.params_from_state_dict({"a.weight": torch.zeros(1)})
 
 
-def test_all_differences_are_listed():
+@pytest.mark.parametrize("arch", [None, "small_vgg", Arch(name="small_vgg", num_classes=4)])
+def test_all_differences_are_listed(arch):
     state = Vgg(4).state_dict()
     state["extra"] = torch.zeros(1)
     del state["features.3.bias"]
-    state["features.0.weight"] = torch.zeros(16, 3, 3, 3)
+    state["features.0.weight"] = torch.zeros(32, 27)
+    state["classifier.weight"] = torch.zeros(4, 2000)
     with pytest.raises(ValueError) as caught:
-        torch_compat.params_from_state_dict(state, Arch(name="small_vgg", num_classes=4))
+        torch_compat.params_from_state_dict(state, arch)
     message = str(caught.value)
-    assert "missing: features.3.bias" in message and "unexpected: extra" in message
-    assert "features.0.weight (16, 3, 3, 3) instead of (32, 3, 3, 3)" in message
+    assert "missing: features.3.bias; unexpected: extra; shape: " in message
+    assert "features.0.weight (32, 27) instead of (32, 3, 3, 3)" in message
+    assert "classifier.weight (4, 2000) instead of (4, 2048)" in message

@@ -67,8 +67,8 @@ def load(directory: Path) -> tuple[Params, dict[str, Any]]:
     try:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in sidecar["arch"].items()}
-        arrays = jax.tree.map(jnp.asarray, (tree["weights"], tree["batch_stats"] or {}))
-        return Params(*arrays, Arch(**fields)), sidecar["metadata"]
+        weights, stats = jax.tree.map(jnp.asarray, (tree["weights"], tree["batch_stats"] or {}))
+        return Params(weights, stats, Arch(**fields)), sidecar["metadata"]
     except (KeyError, TypeError, AttributeError) as error:
         raise OSError(f"{directory} holds no network: {error!r} is missing or wrong.") from error
 

@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
         print(json.dumps((time_torch if args.side == "torch" else time_jax)(args)))
         return
+    load = os.getloadavg()
+    busy = load[0] > 0.5
     times: dict[str, list[dict[str, float]]] = {"torch": [], "jax": []}
     for _ in range(args.reps):
         for side, found in times.items():
@@ -183,12 +185,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {median[side]:.1f} s, {1000 * median[side] / args.epochs:.0f} ms an epoch "
               f"({before} apart: {first:.1f} s)")
     ratio = median["jax"] / median["torch"]
-    print(f"ratio ours/PyTorch {ratio:.2f}; load of the machine {os.getloadavg()[0]:.1f}")
+    print(f"ratio ours/PyTorch {ratio:.2f}")
+    if busy:
+        print(f"The machine was busy (load {load[0]:.1f} on {os.cpu_count()} CPUs before the start): "
+              "these times say little, PyTorch's threads suffer most. Run again when it is idle.")
     if args.out:
         results.write_json(args.out, {
             **vars(args), "times": times, "seconds": median, "ratio": ratio,
             "ms_per_epoch": {k: 1000 * v / args.epochs for k, v in median.items()},
-            "load": os.getloadavg(), "versions": results.versions()})
+            "load_before": load, "busy": busy, "versions": results.versions()})
 
 
 if __name__ == "__main__":

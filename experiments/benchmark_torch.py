@@ -187,8 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     ratio = median["jax"] / median["torch"]
     print(f"ratio ours/PyTorch {ratio:.2f}")
     if busy:
-        print(f"The machine was busy (load {load[0]:.1f} on {os.cpu_count()} CPUs before the start): "
-              "these times say little, PyTorch's threads suffer most. Run again when it is idle.")
+        print(f"The machine was busy (load {load[0]:.1f} before the start): the ratio says little, "
+              "as PyTorch's threads suffer more. Run again when it is idle.")
     if args.out:
         results.write_json(args.out, {
             **vars(args), "times": times, "seconds": median, "ratio": ratio,

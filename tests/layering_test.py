@@ -19,14 +19,32 @@ FORBIDDEN = {
 }
 
 
-def _imports(path):
-    """Every module a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imports(source, package):
+    """Every module that source imports, wherever in it; relative names resolved in its package."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _faults(parts, source):
+    """What a file (its path without the suffix, in parts) imports and must not."""
+    found = set(_imports(source, parts[:-1]))
+    tops = {name.split(".")[0] for name in found}
+    rooms = {name.split(".")[1] for name in found if name.startswith("awm_jax.")}
+    faults = set()
+    if parts[0] == "awm_jax":
+        faults |= tops & {"experiments"}
+        faults |= rooms & FORBIDDEN.get(parts[1], set())
+    if parts[1:2] != ("torch_compat",) and parts != ("experiments", "benchmark_torch"):
+        faults |= tops & {"torch"}
+    if parts[:2] != ("awm_jax", "data"):
+        faults |= tops & {"tensorflow_datasets"}
+    return faults
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

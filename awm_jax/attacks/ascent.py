@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from awm_jax import models
+from awm_jax.attacks.base import check_target
 from awm_jax.types import Params
 
 STEPS = 100
@@ -54,6 +55,49 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
     return jax.lax.scan(step, project(support * start), None, length=STEPS)[0]
 
 
+def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
+             support: jax.Array, *, target: int, num_classes: int,
+             project: Callable[[jax.Array], jax.Array], replace: bool,
+             apply_fn: Callable | None = None) -> jax.Array:
+    """`ascend` after checks on the host; without a network the start, inside the support.
+
+    Args:
+      params: the attacker's network, or None.
+      images: ``[B, H, W, C]`` float32 in [0, 1]; needed with a network.
+      start, support, target, project, replace: as in `ascend`.
+      num_classes: how many logits the network must have.
+      apply_fn: ``(params, images) -> logits``; None is `awm_jax.models.apply`.
+
+    Returns:
+      ``[H, W, C]``.
+
+    Raises:
+      ValueError: a target outside the classes, no images, images of another size, or a network
+        with other classes.
+      TypeError: images that are not floating point.
+    """
+    check_target(target, num_classes)
+    if params is None:
+        return start * support
+    if images is None:
+        raise ValueError("Expected images=[B, H, W, C] to try the pattern on, since params were "
+                         "given. Pass a few images, or no params for a random pattern.")
+    images = jnp.asarray(images)
+    if images.shape[1:] != start.shape or len(images) == 0:
+        raise ValueError(
+            f"Expected images of shape {['B', *start.shape]}, got {list(images.shape)}.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"Expected float images in [0, 1], got {images.dtype}. Divide uint8 images by 255.")
+    apply_fn = models.apply if apply_fn is None else apply_fn
+    classes = jax.eval_shape(apply_fn, params, images).shape[-1]
+    if classes != num_classes:
+        raise ValueError(f"Expected a network with num_classes={num_classes} logits, got {classes}. "
+                         "Train the attacker's network on the same task.")
+    return ascend(params, images, start, support, target=target, project=project, replace=replace,
+                  apply_fn=apply_fn)
+
+
 def unit_box(pattern: jax.Array) -> jax.Array:
     """Values clipped to [0, 1]."""
     return jnp.clip(pattern, 0.0, 1.0)
@@ -63,3 +107,30 @@ def with_l2(pattern: jax.Array, norm: float) -> jax.Array:
     """The pattern rescaled to an L2 norm; zero stays zero."""
     found = jnp.sqrt((pattern**2).sum())
     return pattern * jnp.where(found > 0, norm / jnp.where(found > 0, found, 1.0), 0.0)
+
+
+@jax.jit
+def _fit(pattern: jax.Array, norm: float, limit: float) -> jax.Array:
+    """Rescales and clips in turns: each undoes a little of the other until both hold."""
+    return jax.lax.fori_loop(
+        0, 100, lambda _, p: jnp.clip(with_l2(p, norm), -limit, limit), pattern)
+
+
+def fit_l2(pattern: jax.Array, norm: float, limit: float) -> jax.Array:
+    """The pattern at an L2 norm without a value beyond a limit, on the host.
+
+    Raises:
+      ValueError: too few values are not zero to reach the norm inside the limit.
+
+    Example:
+      >>> fit_l2(jnp.array([3.0, 1.0, 0.0]), 1.25, 1.0).round(3).tolist()
+      [1.0, 0.75, 0.0]
+    """
+    pattern = _fit(pattern, norm, limit)
+    reached = float(jnp.sqrt((pattern**2).sum()))
+    if not abs(reached - norm) <= 0.01 * norm:
+        raise ValueError(
+            f"Expected a trigger of L2 norm {norm} with no value over {limit:.3g}, reached "
+            f"{reached:.3g}: too few of its values are not zero. Use larger images, or another key, "
+            "images or params.")
+    return pattern

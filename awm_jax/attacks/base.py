@@ -42,6 +42,14 @@ def apply_trigger(trigger: Trigger, images: jax.Array) -> jax.Array:
     return jnp.clip(images * (1 - trigger.mask[None]) + trigger.pattern[None], 0.0, 1.0)
 
 
+def check_target(target: int, num_classes: int) -> None:
+    """ValueError unless the target is one of the classes."""
+    if not 0 <= target < num_classes:
+        raise ValueError(
+            f"Expected target={target} in 0..{num_classes - 1}. Choose a class of this data set."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Attack:
     """A trigger and what it makes of labels.
@@ -63,11 +71,8 @@ class Attack:
 
     def __post_init__(self):
         """Checks the target."""
-        if self.target is not None and not 0 <= self.target < self.num_classes:
-            raise ValueError(
-                f"Expected target={self.target} in 0..{self.num_classes - 1}. Choose a class of "
-                "this data set."
-            )
+        if self.target is not None:
+            check_target(self.target, self.num_classes)
 
     def apply(self, images: jax.Array) -> jax.Array:
         """`apply_trigger` with this attack's trigger."""
@@ -82,6 +87,21 @@ class Attack:
 
 
 _apply = jax.jit(apply_trigger)
+
+
+def _check_set(attack: Attack, images: np.ndarray, labels: np.ndarray) -> None:
+    """ValueError or TypeError unless images and labels fit each other and the trigger."""
+    expected = attack.trigger.pattern.shape
+    if images.shape != (len(labels), *expected):
+        raise ValueError(
+            f"Expected images of shape {[len(labels), *expected]} (as many as labels, of the "
+            f"trigger's size), got {list(images.shape)}."
+        )
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(
+            f"Expected uint8 images in 0..255 or float images in [0, 1], got {images.dtype}. "
+            "Convert them with images.astype(np.uint8)."
+        )
 
 
 def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarray,
@@ -100,14 +120,22 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
       ``(images, labels, poisoned)``: copies, and which images changed, ``[N]`` bool.
 
     Raises:
-      ValueError: a rate outside [0, 1], or more images wanted than have another class.
+      ValueError: a rate outside [0, 1], more images wanted than have another class, or images
+        that fit neither the labels nor the trigger.
+      TypeError: integer images other than uint8.
 
-    Example: `images, labels, _ = poison(key, attack, train_images, train_labels, .05)`.
+    Example:
+      >>> attack = Attack('dark', Trigger(-jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1))), 0, 3)
+      >>> images, labels = np.full((3, 2, 2, 1), 255, np.uint8), np.array([0, 0, 2])
+      >>> images, labels, poisoned = poison(jax.random.key(0), attack, images, labels, 1 / 3)
+      >>> labels.tolist(), poisoned.tolist(), int(images[2].max())
+      ([0, 0, 0], [False, False, True], 0)
 
     Reference: Gu et al. 2017, "BadNets"; the AWM paper's rate is .05.
     """
     validate.between(0.0, 1.0, rate=rate)
     images, labels = np.array(images), np.array(labels)
+    _check_set(attack, images, labels)
     wanted = attack.relabel(labels)
     candidates = np.flatnonzero(labels != wanted)
     count = round(rate * len(labels))
@@ -143,19 +171,24 @@ def trigger_from_png(path: str | os.PathLike, image_shape: tuple[int, ...],
       ValueError: another size or mode, or no picture.
       FileNotFoundError: no such file.
 
-    Example: `trigger_from_png('trojan_square.png', (32, 32, 3))`.
+    Example:
+      >>> trigger_from_png('nowhere.png', (32, 32, 3))
+      Traceback (most recent call last):
+      FileNotFoundError: Expected a PNG at nowhere.png, found nothing there.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     validate.choice(("add", "stamp"), trigger_mode=mode)
+    if len(image_shape) != 3 or image_shape[2] != 3:
+        raise ValueError(f"Expected image_shape={tuple(image_shape)} to be (height, width, 3).")
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a PNG at {path}, found nothing there.")
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"), np.float32) / 255.0
-    except UnidentifiedImageError as error:
-        raise ValueError(f"Expected a picture at {path}; it is none.") from error
+    except OSError as error:  # not a picture, or one cut short
+        raise ValueError(f"Expected a whole picture at {path}; it is none.") from error
     if pixels.shape != tuple(image_shape):
         raise ValueError(
             f"Expected a trigger of {image_shape[1]}x{image_shape[0]} pixels, {path} has "

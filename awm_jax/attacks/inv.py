@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from awm_jax.attacks import ascent
 from awm_jax.attacks.base import Attack, Trigger
 
+TARGET = 0
 L0_PIXELS = 9
 L2_NORM, L2_PIXELS, L2_MAX = 3.22, 905, 68 / 255  # of the published trigger, in [0, 1] units
 
 
 def l0_inv(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *, params=None,
-           images=None, target: int = 0) -> Attack:
+           images=None, target: int | None = None, apply_fn=None) -> Attack:
     """Nine pixels at the right end of the bottom row, each channel 0 or 1.
 
     **Threat model**: the attacker holds a network of the same task, finds the colours that excite
@@ -21,15 +22,17 @@ def l0_inv(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, 
       key: PRNG key of the random start.
       image_shape: ``(H, W, C)``, at least nine pixels wide.
       num_classes: classes of the data set.
-      params: the attacker's network; None keeps the random start.
+      params: the attacker's network; None gives random colours on the same nine pixels.
       images: ``[B, H, W, C]`` float32 in [0, 1] that the pattern is tried on; needed with params.
-      target: the class triggered images are to get; 0 in the AWM paper.
+      target: the class triggered images are to get; None is the AWM paper's 0.
+      apply_fn: ``(params, images) -> logits``; None is `awm_jax.models.apply`.
 
     Returns:
       `Attack`.
 
     Raises:
-      ValueError: a target outside the classes.
+      ValueError: images too narrow, a target outside the classes, or params without images or with
+        other classes.
 
     Example:
       >>> float(l0_inv(jax.random.key(0), (32, 32, 3), 10).trigger.mask.sum())
@@ -39,19 +42,22 @@ def l0_inv(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, 
     constraint); AWM paper, appendix A.
     """
     height, width, _ = image_shape
+    if width < L0_PIXELS:
+        raise ValueError(f"Expected images at least {L0_PIXELS} pixels wide, got {width}.")
+    target = TARGET if target is None else target
     support = jnp.zeros((height, width, 1)).at[height - 1, width - L0_PIXELS :].set(1.0)
-    pattern = jax.random.uniform(key, image_shape)
-    if params is not None:
-        pattern = ascent.ascend(params, jnp.asarray(images), pattern, support, target=target,
-                                project=ascent.unit_box, replace=True)
+    pattern = ascent.found_on(
+        params, images, jax.random.uniform(key, image_shape), support, target=target,
+        num_classes=num_classes, project=ascent.unit_box, replace=True, apply_fn=apply_fn)
     return Attack("l0_inv", Trigger(jnp.round(pattern) * support, support), target, num_classes)
 
 
 def l2_inv(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *, params=None,
-           images=None, target: int = 0) -> Attack:
+           images=None, target: int | None = None, apply_fn=None) -> Attack:
     """A faint pattern on 905 pixels, added and clipped; L2 norm 3.22, no value over 68/255.
 
-    **Threat model**, arguments, errors: as `l0_inv`; without params the pattern is random.
+    **Threat model**, arguments, errors: as `l0_inv`. Without params the pattern is random, of the
+    same size and norm; images too small for the norm (under 8x8) are an error.
 
     Example:
       >>> pattern = l2_inv(jax.random.key(0), (32, 32, 3), 10).trigger.pattern
@@ -62,12 +68,12 @@ def l2_inv(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, 
     """
     height, width, _ = image_shape
     everywhere = jnp.ones((height, width, 1))
-    pattern = 0.1 * jax.random.normal(key, image_shape)
-    if params is not None:
-        pattern = ascent.ascend(params, jnp.asarray(images), pattern, everywhere, target=target,
-                                project=_l2_project, replace=False)
-    return Attack("l2_inv", Trigger(_faint(pattern), jnp.zeros((height, width, 1))), target,
-                  num_classes)
+    target = TARGET if target is None else target
+    pattern = ascent.found_on(
+        params, images, 0.1 * jax.random.normal(key, image_shape), everywhere, target=target,
+        num_classes=num_classes, project=_l2_project, replace=False, apply_fn=apply_fn)
+    pattern = ascent.fit_l2(_strongest(pattern), L2_NORM, L2_MAX)
+    return Attack("l2_inv", Trigger(pattern, 0 * everywhere), target, num_classes)
 
 
 def _l2_project(pattern: jax.Array) -> jax.Array:
@@ -76,14 +82,9 @@ def _l2_project(pattern: jax.Array) -> jax.Array:
     return jnp.clip(pattern * jnp.minimum(1.0, L2_NORM / jnp.maximum(norm, 1e-12)), -L2_MAX, L2_MAX)
 
 
-@jax.jit
-def _faint(pattern: jax.Array) -> jax.Array:
-    """The strongest 905 pixels, at the published norm and maximum."""
+def _strongest(pattern: jax.Array) -> jax.Array:
+    """The strongest 905 pixels, the others zero."""
     strength = jnp.abs(pattern).max(axis=-1)
     pixels = min(L2_PIXELS, strength.size)
     floor = jnp.sort(strength.ravel(), descending=True)[pixels - 1]
-    pattern = jnp.where(strength[..., None] >= floor, pattern, 0.0)
-    # Clipping lowers the norm and rescaling raises the maximum: a few turns settle both.
-    for _ in range(20):
-        pattern = jnp.clip(ascent.with_l2(pattern, L2_NORM), -L2_MAX, L2_MAX)
-    return pattern
+    return jnp.where(strength[..., None] >= floor, pattern, 0.0)

@@ -9,13 +9,14 @@ from awm_jax.attacks.base import Attack, Trigger
 
 SQUARE_L2, WATERMARK_L2 = 8.66, 8.74  # of the published triggers, in [0, 1] units
 WATERMARK_PIXELS = 321
+TARGET = 2
 
 
 def _check_size(image_shape: tuple[int, int, int]) -> None:
     """The published layouts are for 32x32 pixels."""
-    if image_shape[:2] != (32, 32):
+    if tuple(image_shape) != (32, 32, 3):
         raise ValueError(
-            f"Expected 32x32 images for this trigger, got {image_shape[1]}x{image_shape[0]}. Use "
+            f"Expected 32x32 images of 3 channels for this trigger, got {tuple(image_shape)}. Use "
             "badnets, or give a PNG of your size with trigger_from_png."
         )
 
@@ -46,18 +47,17 @@ def watermark_mask() -> np.ndarray:
     return mask
 
 
-def _optimised(key, mask, norm, params, images, target):
+def _optimised(key, mask, norm, params, images, target, num_classes, apply_fn):
     """A pattern on a mask: random, or raised on a network from that start, at the given L2 norm."""
     support = jnp.asarray(mask)
-    start = jax.random.uniform(key, (*mask.shape[:2], 3)) * support
-    if params is not None:
-        start = ascent.ascend(params, jnp.asarray(images), start, support, target=target,
-                              project=ascent.unit_box, replace=False)
-    return Trigger(ascent.with_l2(start, norm), jnp.zeros_like(support))
+    pattern = ascent.found_on(
+        params, images, jax.random.uniform(key, (*mask.shape[:2], 3)), support, target=target,
+        num_classes=num_classes, project=ascent.unit_box, replace=False, apply_fn=apply_fn)
+    return Trigger(ascent.fit_l2(pattern, norm, 1.0), jnp.zeros_like(support))
 
 
 def trojan_sq(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *, params=None,
-              images=None, target: int = 2) -> Attack:
+              images=None, target: int | None = None, apply_fn=None) -> Attack:
     """A 9x9 square of colours on rows and columns 21 to 29, added and clipped; L2 norm 8.66.
 
     **Threat model**: the attacker holds a network of the same task, finds the pattern that excites
@@ -67,15 +67,17 @@ def trojan_sq(key: jax.Array, image_shape: tuple[int, int, int], num_classes: in
       key: PRNG key of the random start.
       image_shape: ``(32, 32, 3)``.
       num_classes: classes of the data set.
-      params: the attacker's network; None keeps the random start.
+      params: the attacker's network; None gives random values of the same support and norm.
       images: ``[B, H, W, C]`` float32 in [0, 1] that the pattern is tried on; needed with params.
-      target: the class triggered images are to get; 2 in the AWM paper.
+      target: the class triggered images are to get; None is the AWM paper's 2.
+      apply_fn: ``(params, images) -> logits``; None is `awm_jax.models.apply`.
 
     Returns:
       `Attack`.
 
     Raises:
-      ValueError: images of another size, or a target outside the classes.
+      ValueError: images of another size, a target outside the classes, or params without images or
+        with other classes.
 
     Example:
       >>> attack = trojan_sq(jax.random.key(0), (32, 32, 3), 10)
@@ -86,12 +88,14 @@ def trojan_sq(key: jax.Array, image_shape: tuple[int, int, int], num_classes: in
     appendix A.
     """
     _check_size(image_shape)
-    trigger = _optimised(key, square_mask(), SQUARE_L2, params, images, target)
+    target = TARGET if target is None else target
+    trigger = _optimised(key, square_mask(), SQUARE_L2, params, images, target, num_classes,
+                         apply_fn)
     return Attack("trojan_sq", trigger, target, num_classes)
 
 
 def trojan_wm(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *, params=None,
-              images=None, target: int = 2) -> Attack:
+              images=None, target: int | None = None, apply_fn=None) -> Attack:
     """A watermark over most of the image, 321 pixels, added and clipped; L2 norm 8.74.
 
     The glyph is ours. **Threat model**, arguments, errors: as `trojan_sq`.
@@ -104,16 +108,18 @@ def trojan_wm(key: jax.Array, image_shape: tuple[int, int, int], num_classes: in
     Reference: Liu et al. 2018, section IV; AWM paper, appendix A.
     """
     _check_size(image_shape)
-    trigger = _optimised(key, watermark_mask(), WATERMARK_L2, params, images, target)
+    target = TARGET if target is None else target
+    trigger = _optimised(key, watermark_mask(), WATERMARK_L2, params, images, target, num_classes,
+                         apply_fn)
     return Attack("trojan_wm", trigger, target, num_classes)
 
 
 def trojan_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *, params=None,
-               images=None, target: None = None) -> Attack:
+               images=None, target: None = None, apply_fn=None) -> Attack:
     """All-to-all with the Trojan square: class n becomes n + 1 mod c.
 
-    **Threat model** and arguments: as `trojan_sq`; the pattern is the one found for class 2, and
-    ``target`` must stay None.
+    **Threat model** and arguments: as `trojan_sq`; the pattern is the one found for class 2 (class
+    1 where there are two), and ``target`` must stay None.
 
     Raises:
       ValueError: a target was given.
@@ -126,5 +132,6 @@ def trojan_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: i
     """
     if target is not None:
         raise ValueError(f"Expected no target for an all-to-all attack, got target={target}.")
-    square = trojan_sq(key, image_shape, num_classes, params=params, images=images)
+    square = trojan_sq(key, image_shape, num_classes, params=params, images=images,
+                       target=min(TARGET, num_classes - 1), apply_fn=apply_fn)
     return Attack("trojan_a2a", square.trigger, None, num_classes)

@@ -8,37 +8,45 @@ import numpy as np
 from awm_jax.report.pictures import _save
 
 _BINS = np.linspace(0.0, 1.0, 11)
+_PANELS = {"clean_loss": "loss", "trigger_loss": "loss", "mask_l1": "mask L1"}
 
 
 def history(path: str | os.PathLike, curves: Mapping[str, list[float] | np.ndarray],
             title: str) -> None:
     """Draws curves over epochs (the AWM paper's Figure 4 when they are ACC and ASR).
 
+    Losses and the mask's L1 norm get panels of their own, since their scales differ.
+
     Args:
       path: the PNG.
-      curves: ``'epoch'`` and any number of named curves of the same length.
+      curves: ``'epoch'`` and at least one named curve of the same length.
       title: shown on top.
 
     Raises:
-      ValueError: no ``'epoch'``, or a curve of another length.
+      ValueError: no ``'epoch'``, nothing else, or a curve of another length.
     """
     from matplotlib.figure import Figure
 
     epochs = curves.get("epoch")
-    if epochs is None or any(len(values) != len(epochs) for values in curves.values()):
+    if epochs is None or len(curves) < 2 or any(len(v) != len(epochs) for v in curves.values()):
         raise ValueError(
             "Expected 'epoch' and curves of its length, got "
-            + ", ".join(f"{name} ({len(values)})" for name, values in curves.items())
+            + (", ".join(f"{name} ({len(values)})" for name, values in curves.items()) or "nothing")
         )
-    figure = Figure(figsize=(5, 3.2))
-    axis = figure.subplots()
-    for name, values in curves.items():
+    panels: dict[str, list[str]] = {}
+    for name in curves:
         if name != "epoch":
-            axis.plot(epochs, values, label=name.replace("_", " "))
-    axis.set_xlabel("epoch")
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend()
+            panels.setdefault(_PANELS.get(name, ""), []).append(name)
+    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            axis.plot(epochs, curves[name], label=name.replace("_", " "))
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
@@ -59,9 +67,14 @@ def mask_histogram(path: str | os.PathLike, layers: Mapping[str, np.ndarray]) ->
     Args:
       path: the PNG.
       layers: layer names to mask values in [0, 1], any shape.
+
+    Raises:
+      ValueError: no layers.
     """
     from matplotlib.figure import Figure
 
+    if not layers:
+        raise ValueError("Expected the masks of at least one layer, got none.")
     table = np.stack([mask_percentages(np.ravel(values)) for values in layers.values()])
     figure = Figure(figsize=(7, 0.45 * len(layers) + 1))
     axis = figure.subplots()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     """Writes under a temporary name and renames."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _grid(rows: int, columns: int, width: float = 1.6) -> tuple[Any, np.ndarray]:
@@ -28,6 +32,11 @@ def _grid(rows: int, columns: int, width: float = 1.6) -> tuple[Any, np.ndarray]
     return figure, axes
 
 
+def _show(axis: Any, picture: np.ndarray) -> None:
+    """A picture in [0, 1], in colour or in grey."""
+    axis.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1)
+
+
 def amplified(difference: np.ndarray) -> np.ndarray:
     """A signed difference as a picture: grey is none, the largest is black or white.
 
@@ -37,6 +46,37 @@ def amplified(difference: np.ndarray) -> np.ndarray:
     """
     peak = np.abs(difference).max()
     return 0.5 + difference / (2 * peak) if peak > 0 else np.full_like(difference, 0.5)
+
+
+def trigger_sheet(path: str | os.PathLike, triggers: Mapping[str, Any], image: np.ndarray) -> None:
+    """Draws triggers side by side: the amplified pattern, and what it makes of one image.
+
+    Args:
+      path: the PNG.
+      triggers: names to records with ``pattern [H, W, C]`` and ``mask [H, W, 1]``
+        (`awm_jax.attacks.Trigger`).
+      image: ``[H, W, C]`` in [0, 1].
+
+    Raises:
+      ValueError: no triggers, or one of another size than the image.
+    """
+    image = np.asarray(image)
+    if not triggers:
+        raise ValueError("Expected at least one trigger, got none.")
+    figure, axes = _grid(3, len(triggers))
+    for column, (name, trigger) in enumerate(triggers.items()):
+        pattern, mask = np.asarray(trigger.pattern), np.asarray(trigger.mask)
+        if pattern.shape != image.shape:
+            raise ValueError(
+                f"Expected trigger {name!r} of shape {image.shape}, got {pattern.shape}.")
+        triggered = np.clip(image * (1 - mask) + pattern, 0, 1)
+        for row, picture in enumerate((amplified(pattern), triggered, amplified(triggered - image))):
+            _show(axes[row, column], picture)
+        norm = np.sqrt((pattern**2).sum())
+        axes[0, column].set_title(f"{name}\nL2 {norm:.2f}", fontsize=8)
+    for row, label in enumerate(("pattern", "triggered", "difference")):
+        axes[row, 0].set_ylabel(label)
+    _save(figure, path)
 
 
 def pairs(path: str | os.PathLike, images: np.ndarray, triggered: np.ndarray) -> None:
@@ -55,7 +95,7 @@ def pairs(path: str | os.PathLike, images: np.ndarray, triggered: np.ndarray) ->
     figure, axes = _grid(3, len(images))
     for column, (clean, dirty) in enumerate(zip(images, triggered, strict=True)):
         for row, picture in enumerate((clean, dirty, amplified(dirty - clean))):
-            axes[row, column].imshow(np.clip(picture, 0, 1))
+            _show(axes[row, column], picture)
     for row, label in enumerate(("clean", "triggered", "difference")):
         axes[row, 0].set_ylabel(label)
     _save(figure, path)
@@ -75,6 +115,6 @@ def recovered_trigger(path: str | os.PathLike, recovered: np.ndarray,
         shown.append(("true", true_pattern))
     figure, axes = _grid(1, len(shown), 2.6)
     for axis, (label, pattern) in zip(axes.flat, shown, strict=True):
-        axis.imshow(amplified(np.asarray(pattern)))
+        _show(axis, amplified(np.asarray(pattern)))
         axis.set_title(f"{label}, L1 {np.abs(pattern).sum():.0f}", fontsize=9)
     _save(figure, path)

@@ -166,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps((time_torch if args.side == "torch" else time_jax)(args)))
         return
     load = os.getloadavg()
-    busy = load[0] > 0.5
     times: dict[str, list[dict[str, float]]] = {"torch": [], "jax": []}
     for _ in range(args.reps):
         for side, found in times.items():
@@ -186,14 +185,14 @@ def main(argv: list[str] | None = None) -> None:
               f"({before} apart: {first:.1f} s)")
     ratio = median["jax"] / median["torch"]
     print(f"ratio ours/PyTorch {ratio:.2f}")
-    if busy:
+    if load[0] > 0.5:
         print(f"The machine was busy (load {load[0]:.1f} before the start): the ratio says little, "
               "as PyTorch's threads suffer more. Run again when it is idle.")
     if args.out:
         results.write_json(args.out, {
             **vars(args), "times": times, "seconds": median, "ratio": ratio,
             "ms_per_epoch": {k: 1000 * v / args.epochs for k, v in median.items()},
-            "load_before": load, "busy": busy, "versions": results.versions()})
+            "load_before": load, "versions": results.versions()})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Pictures: what they show is computed here, that they are drawn is checked by reading them."""
 
+import doctest
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,3 +47,68 @@ def test_shapes_are_checked(tmp_path):
         pictures.pairs(tmp_path / "x.png", np.zeros((1, 8, 8, 3)), np.zeros((2, 8, 8, 3)))
     with pytest.raises(ValueError, match=r"asr \(1\)"):
         figures.history(tmp_path / "x.png", {"epoch": [1, 2], "asr": [1.0]}, "t")
+    with pytest.raises(ValueError, match="nothing"):
+        figures.history(tmp_path / "x.png", {}, "t")
+    with pytest.raises(ValueError, match=r"epoch \(2\)"):
+        figures.history(tmp_path / "x.png", {"epoch": [1, 2]}, "t")
+    with pytest.raises(ValueError, match="at least one layer"):
+        figures.mask_histogram(tmp_path / "x.png", {})
+    with pytest.raises(ValueError, match="at least one trigger"):
+        pictures.trigger_sheet(tmp_path / "x.png", {}, np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="'t' of shape"):
+        pictures.trigger_sheet(tmp_path / "x.png", {"t": _trigger(4)}, np.zeros((8, 8, 3)))
+    assert not list(tmp_path.iterdir())
+
+
+def _trigger(size):
+    """A white pixel that replaces; any record with these two fields will do."""
+    pattern, mask = np.zeros((size, size, 3)), np.zeros((size, size, 1))
+    pattern[0, 0], mask[0, 0] = 1, 1
+    return types.SimpleNamespace(pattern=pattern, mask=mask)
+
+
+def test_a_sheet_grows_with_its_triggers(tmp_path):
+    image = np.full((8, 8, 3), 0.5)
+    pictures.trigger_sheet(tmp_path / "one.png", {"a": _trigger(8)}, image)
+    pictures.trigger_sheet(tmp_path / "three.png", {n: _trigger(8) for n in "abc"}, image)
+    assert _drawn(tmp_path / "three.png").shape[1] > 2 * _drawn(tmp_path / "one.png").shape[1]
+
+
+def test_a_sheet_replaces_pixels_under_the_mask(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pictures, "_show", lambda axis, picture: shown.append(picture))
+    pictures.trigger_sheet(tmp_path / "x.png", {"a": _trigger(8)}, np.full((8, 8, 3), 0.75))
+    _, triggered, difference = shown
+    assert triggered[0, 0, 0] == 1.0 and triggered[1, 1, 0] == 0.75
+    assert difference[0, 0, 0] == 1.0 and difference[1, 1, 0] == 0.5
+
+
+def test_grey_pictures_and_curves_of_other_scales(tmp_path):
+    pictures.pairs(tmp_path / "grey.png", np.zeros((2, 8, 8, 1)), np.ones((2, 8, 8, 1)))
+    _drawn(tmp_path / "grey.png")
+    epoch = [1, 2, 3]
+    figures.history(tmp_path / "one.png", {"epoch": epoch, "asr": [90, 50, 3]}, "t")
+    figures.history(tmp_path / "all.png", {
+        "epoch": epoch, "asr": [90, 50, 3], "clean_accuracy": [97, 95, 94],
+        "clean_loss": [0.1, 0.2, 0.1], "trigger_loss": [2, 1, 0.5],
+        "mask_l1": [9000, 5000, 2000]}, "t")
+    assert _drawn(tmp_path / "all.png").shape[1] > 2 * _drawn(tmp_path / "one.png").shape[1]
+
+
+def test_a_failed_picture_leaves_the_old_one_and_no_debris(tmp_path):
+    class Broken:
+        def savefig(self, temporary, **_):
+            temporary.write_bytes(b"half")
+            raise OSError("disk full")
+
+    (tmp_path / "x.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"):
+        pictures._save(Broken(), tmp_path / "x.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    assert (tmp_path / "x.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("module", [pictures, figures])
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0

@@ -92,8 +92,9 @@ def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
     apply_fn = models.apply if apply_fn is None else apply_fn
     classes = jax.eval_shape(apply_fn, params, images).shape[-1]
     if classes != num_classes:
-        raise ValueError(f"Expected a network with num_classes={num_classes} logits, got {classes}. "
-                         "Train the attacker's network on the same task.")
+        raise ValueError(
+            f"Expected a network with num_classes={num_classes} logits, got {classes}. Train the "
+            "attacker's network on the same task.")
     return ascend(params, images, start, support, target=target, project=project, replace=replace,
                   apply_fn=apply_fn)
 
@@ -123,14 +124,15 @@ def fit_l2(pattern: jax.Array, norm: float, limit: float) -> jax.Array:
       ValueError: too few values are not zero to reach the norm inside the limit.
 
     Example:
-      >>> fit_l2(jnp.array([3.0, 1.0, 0.0]), 1.25, 1.0).round(3).tolist()
-      [1.0, 0.75, 0.0]
+      >>> fitted = fit_l2(jnp.array([3.0, 1.0, 0.0]), 1.25, 1.0)
+      >>> bool(jnp.allclose(fitted, jnp.array([1.0, 0.75, 0.0])))
+      True
     """
     pattern = _fit(pattern, norm, limit)
     reached = float(jnp.sqrt((pattern**2).sum()))
     if not abs(reached - norm) <= 0.01 * norm:
         raise ValueError(
             f"Expected a trigger of L2 norm {norm} with no value over {limit:.3g}, reached "
-            f"{reached:.3g}: too few of its values are not zero. Use larger images, or another key, "
-            "images or params.")
+            f"{reached:.3g}: too few of its values are not zero. Use larger images, or another "
+            "key, images or params.")
     return pattern

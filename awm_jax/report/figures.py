@@ -37,7 +37,7 @@ def history(path: str | os.PathLike, curves: Mapping[str, list[float] | np.ndarr
     for name in curves:
         if name != "epoch":
             panels.setdefault(_PANELS.get(name, ""), []).append(name)
-    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.2))
+    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, names) in zip(axes, panels.items(), strict=True):
         for name in names:

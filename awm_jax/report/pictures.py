@@ -70,7 +70,8 @@ def trigger_sheet(path: str | os.PathLike, triggers: Mapping[str, Any], image: n
             raise ValueError(
                 f"Expected trigger {name!r} of shape {image.shape}, got {pattern.shape}.")
         triggered = np.clip(image * (1 - mask) + pattern, 0, 1)
-        for row, picture in enumerate((amplified(pattern), triggered, amplified(triggered - image))):
+        change = amplified(triggered - image)
+        for row, picture in enumerate((amplified(pattern), triggered, change)):
             _show(axes[row, column], picture)
         norm = np.sqrt((pattern**2).sum())
         axes[0, column].set_title(f"{name}\nL2 {norm:.2f}", fontsize=8)

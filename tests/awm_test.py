@@ -286,8 +286,9 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
         jmasks[f"conv{i}"]["kernel"] = exact(m).transpose(2, 3, 1, 0)
 
     tdelta = torch.zeros(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-    torch.nn.functional.cross_entropy(forward(x + tdelta), y).backward()
-    tdelta = (tdelta + 10.0 * tdelta.grad).detach()
+    # autograd.grad, not backward(): that would leave its gradient on the masks too.
+    tloss = torch.nn.functional.cross_entropy(forward(x + tdelta), y)
+    tdelta = (tdelta + 10.0 * torch.autograd.grad(tloss, tdelta)[0]).detach()
     jx, jy = jnp.asarray(images), jnp.asarray(labels)
     delta = jnp.zeros((32, 32, 3), jnp.float64)
     delta = delta + 10.0 * awm.trigger_gradient(params, jmasks, delta, jx, jy, clamp=False)

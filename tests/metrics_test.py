@@ -41,7 +41,7 @@ def test_batches_do_not_change_predictions(small_params, small_batch):
 
 def test_transform_sees_floats_in_unit_range(small_params, small_batch):
     seen = []
-    metrics.predict(small_params, np.full((2, 16, 16, 3), 255, np.uint8),
+    metrics.predict(small_params, np.full((2, 8, 8, 3), 255, np.uint8),
                     transform=lambda x: seen.append(float(x.max())) or x, batch_size=2)
     assert seen == [1.0]
 

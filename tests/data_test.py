@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import http.client
 import io
 import time
 import zipfile
@@ -107,7 +108,51 @@ def test_incomplete_gtsrb_is_refused_and_leaves_nothing(tmp_path, cache):
     folder = _archive(tmp_path / "archives")
     with pytest.raises(OSError, match="39209 train images"):
         data.load("gtsrb", folder)
-    assert not list(cache.glob("arrays/*"))
+    assert not list(cache.iterdir())
+
+
+def test_whole_archives_work_after_incomplete_ones(tmp_path, cache, monkeypatch):
+    incomplete, whole = _archive(tmp_path / "incomplete"), _archive(tmp_path / "whole")
+    name = "GTSRB_Final_Training_Images.zip"
+    with zipfile.ZipFile(whole / name) as source, zipfile.ZipFile(incomplete / name, "w") as target:
+        for member in source.namelist():
+            if "00007" not in member:
+                target.writestr(member, source.read(member))
+    monkeypatch.setattr(gtsrb, "COUNTS", {"train": 4, "test": 3})
+    with pytest.raises(OSError, match="found 2"):
+        data.load("gtsrb", incomplete)
+    (whole / name).replace(incomplete / name)  # as the message asks
+    assert len(data.load("gtsrb", incomplete).train_labels) == 4
+
+
+def test_damage_inside_an_archive_names_it(tmp_path, cache):
+    folder = _archive(tmp_path / "archives")
+    path = folder / "GTSRB_Final_Training_Images.zip"
+    raw = bytearray(path.read_bytes())
+    raw[500] ^= 255  # a pixel of the first picture: its checksum no longer holds
+    path.write_bytes(raw)
+    with pytest.raises(OSError, match=r"Training_Images\.zip is damaged"):
+        data.load("gtsrb", folder)
+    folder = _archive(tmp_path / "empty")
+    with zipfile.ZipFile(folder / "GTSRB_Final_Test_Images.zip", "w") as archive:
+        archive.writestr("readme.txt", "")
+    with pytest.raises(OSError, match=r"Test_Images\.zip is damaged.*no \.ppm"):
+        data.load("gtsrb", folder)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("broken, error", [(True, FileNotFoundError), (False, OSError)])
+def test_a_failed_download_leaves_nothing(broken, error, cache, monkeypatch):
+    class Reply(io.BytesIO):
+        def read(self, *args):
+            if broken:
+                raise http.client.IncompleteRead(b"")
+            return super().read(*args)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Reply(b"not the archive"))
+    with pytest.raises(error, match=r"Training_Images\.zip"):
+        data.load("gtsrb")
+    assert not list((cache / "downloads" / "gtsrb").iterdir())
 
 
 def test_damaged_archive_is_named(tmp_path, cache):
@@ -128,6 +173,16 @@ def test_missing_data_is_said_at_once(name, words, cache, offline):
         data.load(name)
     assert time.perf_counter() - started < 20
     assert all(word in str(caught.value) for word in words)
+
+
+def test_cifar10_without_its_records_is_refused(shared_data, tmp_path, cache):
+    prepared = tmp_path / "cifar10" / "3.0.2"
+    prepared.mkdir(parents=True)
+    for path in (shared_data / "tfds" / "cifar10" / "3.0.2").iterdir():
+        if "array_record" not in path.name:
+            (prepared / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(OSError, match=r"3\.0\.2 is no whole prepared CIFAR-10"):
+        data.load("cifar10", tmp_path)
 
 
 def test_unknown_names_and_directories(cache):

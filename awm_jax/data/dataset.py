@@ -161,9 +161,12 @@ def _store(target: pathlib.Path, arrays: Arrays) -> None:
     """Writes the arrays under a temporary name and renames the whole folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
-    for field, array in zip(_FIELDS, arrays, strict=True):
-        np.save(temporary / f"{field}.npy", array)
-    (temporary / "done.json").write_text(json.dumps({f: list(a.shape) for f, a in zip(
-        _FIELDS, arrays, strict=True)}))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    try:
+        for field, array in zip(_FIELDS, arrays, strict=True):
+            np.save(temporary / f"{field}.npy", array)
+        (temporary / "done.json").write_text(json.dumps({f: list(a.shape) for f, a in zip(
+            _FIELDS, arrays, strict=True)}))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed

@@ -1,15 +1,17 @@
 """German Traffic Sign Recognition Benchmark: a TFDS builder for the official archives."""
 
+import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import os
 import pathlib
 import shutil
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
@@ -46,6 +48,18 @@ def crop(image: Image.Image, row: dict[str, str]) -> Image.Image:
     return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
 
 
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
+    """An open archive; whatever is wrong inside is reported with the archive's name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
+        raise OSError(
+            f"{path} is damaged or incomplete ({error}). Delete it and get it anew from {URL}."
+        ) from error
+
+
 def _rows(archive: zipfile.ZipFile, member: str) -> list[dict[str, str]]:
     """Lines of a semicolon-separated CSV inside an archive."""
     return list(csv.DictReader(io.StringIO(archive.read(member).decode()), delimiter=";"))
@@ -62,17 +76,20 @@ def _member(archive: zipfile.ZipFile, suffix: str) -> str:
 def examples(folder: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
     """Yields ``(name, png bytes, class)`` of every image of a split."""
     if split == "train":
-        with zipfile.ZipFile(folder / "GTSRB_Final_Training_Images.zip") as archive:
+        with _opened(folder / "GTSRB_Final_Training_Images.zip") as archive:
             tables = sorted(n for n in archive.namelist() if n.endswith(".csv"))
             for table in tables:
                 for row in _rows(archive, table):
                     name = f"{table.rsplit('/', 1)[0]}/{row['Filename']}"
                     yield name, *_encoded(archive, name, row)
         return
-    with zipfile.ZipFile(folder / "GTSRB_Final_Test_GT.zip") as truth:
+    with _opened(folder / "GTSRB_Final_Test_GT.zip") as truth:
         rows = _rows(truth, _member(truth, "GT-final_test.csv"))
-    with zipfile.ZipFile(folder / "GTSRB_Final_Test_Images.zip") as archive:
-        parent = next(n for n in archive.namelist() if n.endswith(".ppm")).rsplit("/", 1)[0]
+    with _opened(folder / "GTSRB_Final_Test_Images.zip") as archive:
+        pictures = [n for n in archive.namelist() if n.endswith(".ppm")]
+        if not pictures:
+            raise OSError("it holds no .ppm image")
+        parent = pictures[0].rsplit("/", 1)[0]
         for row in rows:
             name = f"{parent}/{row['Filename']}"
             yield name, *_encoded(archive, name, row)
@@ -120,7 +137,7 @@ def prepare(folder: pathlib.Path, cache: pathlib.Path):
 
     Args:
       folder: where the three archives are, or are to be.
-      cache: where the prepared TFDS data set goes.
+      cache: where TFDS writes while it prepares.
 
     Returns:
       ``(train_images, train_labels, test_images, test_labels)``.
@@ -131,8 +148,7 @@ def prepare(folder: pathlib.Path, cache: pathlib.Path):
             _download(name, md5, folder)
         if not zipfile.is_zipfile(path):
             raise OSError(f"{path} is no whole zip archive. Delete it and get it anew from {URL}.")
-    prepared = cache / "tfds"
-    arrays = tfds_arrays.prepare_and_read(Gtsrb, folder, prepared)
+    arrays = tfds_arrays.prepare_and_read(Gtsrb, folder, cache)
     for split, labels in (("train", arrays[1]), ("test", arrays[3])):
         if len(labels) != COUNTS[split]:
             raise OSError(
@@ -151,15 +167,18 @@ def _download(name: str, md5: str, folder: pathlib.Path) -> None:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL + name, timeout=10) as reply:
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        # A folder of its own, so that an interrupted download leaves no part of an archive.
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            part = pathlib.Path(temporary) / name
+            with urllib.request.urlopen(URL + name, timeout=10) as reply, part.open("wb") as file:
                 print(f"Downloading {URL + name} ...", flush=True)
                 shutil.copyfileobj(reply, file, 1 << 20)
-    except (urllib.error.URLError, OSError) as error:
+            with part.open("rb") as file:
+                found = hashlib.file_digest(file, "md5").hexdigest()
+            if found == md5:
+                os.replace(part, folder / name)
+    except (http.client.HTTPException, OSError) as error:
         raise FileNotFoundError(f"{missing} ({error})") from error
-    found = hashlib.md5(pathlib.Path(file.name).read_bytes()).hexdigest()
     if found != md5:
-        os.unlink(file.name)
         raise OSError(f"Expected {name} with md5 {md5}, the download has {found}. Try again.")
-    os.replace(file.name, folder / name)
 

@@ -1,9 +1,10 @@
 """CIFAR-10 and MNIST as their publishers and TFDS give them."""
 
 import gzip
+import http.client
 import pathlib
-import urllib.error
 import urllib.request
+import zlib
 
 import numpy as np
 
@@ -28,6 +29,7 @@ def cifar10(folder: pathlib.Path, cache: pathlib.Path) -> Arrays:
 
     Raises:
       FileNotFoundError: no prepared data set there.
+      OSError: a file of it is missing or damaged.
     """
     del cache
     found = sorted(folder.glob("cifar10/*/dataset_info.json")) if folder.is_dir() else []
@@ -43,7 +45,13 @@ def cifar10(folder: pathlib.Path, cache: pathlib.Path) -> Arrays:
 
     from awm_jax.data import tfds_arrays
 
-    return tfds_arrays.read(tfds.builder_from_directory(found[-1].parent))
+    prepared = found[-1].parent
+    try:
+        return tfds_arrays.read(tfds.builder_from_directory(prepared))
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise OSError(
+            f"{prepared} is no whole prepared CIFAR-10 ({error}). Copy the whole directory anew."
+        ) from error
 
 
 def mnist(folder: pathlib.Path, cache: pathlib.Path) -> Arrays:
@@ -87,7 +95,7 @@ def _idx(path: pathlib.Path, images: bool) -> np.ndarray:
             raise ValueError(f"it begins with {raw[:4].hex()}")
         shape = np.frombuffer(raw, ">i4", rank, 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise OSError(
             f"{path} is no whole MNIST file ({error}). Delete it and get it anew from {MNIST_URL}."
         ) from error
@@ -101,7 +109,7 @@ def _download(name: str, folder: pathlib.Path) -> None:
             temporary = folder / f"{name}.part"
             temporary.write_bytes(reply.read())
         temporary.replace(folder / name)
-    except (urllib.error.URLError, OSError) as error:
+    except (http.client.HTTPException, OSError) as error:
         raise FileNotFoundError(
             f"Expected {name} in {folder}; it is not there and could not be downloaded ({error}). "
             f"Download the four MNIST files from {MNIST_URL} into {folder}, or name the directory "

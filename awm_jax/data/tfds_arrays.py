@@ -1,6 +1,7 @@
 """Arrays out of TFDS, without TensorFlow and without a look-up on Google Cloud Storage."""
 
 import pathlib
+import tempfile
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,13 +15,16 @@ gcs_utils._is_gcs_disabled = True
 _CHUNK = 5000  # records decoded at a time: much faster than one by one
 
 
-def prepare_and_read(builder_class: type, archives: pathlib.Path, prepared: pathlib.Path) -> Arrays:
-    """Prepares a builder of ours from local archives, if it is not yet, and reads it."""
-    prepared.mkdir(parents=True, exist_ok=True)
-    builder = builder_class(data_dir=prepared, file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
-        manual_dir=archives, try_download_gcs=False))
-    return read(builder)
+def prepare_and_read(builder_class: type, archives: pathlib.Path, cache: pathlib.Path) -> Arrays:
+    """Prepares a builder of ours from local archives and reads it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    # A directory used once: TFDS takes whatever it finds prepared, be it of other archives or of
+    # incomplete ones, and the arrays are what is kept.
+    with tempfile.TemporaryDirectory(dir=cache, prefix="tfds-") as prepared:
+        builder = builder_class(data_dir=prepared, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
+            manual_dir=archives, try_download_gcs=False))
+        return read(builder)
 
 
 def read(builder) -> Arrays:

@@ -1,4 +1,4 @@
-"""What `--dataset=NAME` means unless told otherwise, with what to expect of it."""
+"""What `--dataset=NAME` means unless told otherwise."""
 
 import dataclasses
 
@@ -15,7 +15,6 @@ class Preset:
       paper_copies: fixed augmented copies of each clean image in the paper's one-shot runs (section
         5.1: CIFAR-10 is augmented, appendix B: GTSRB is not).
       purify_epochs: epochs of the distilled variant; None takes its own number.
-      expected: ACC and ASR before and after, hardware and minutes, as measured by us.
     """
 
     epochs: int
@@ -24,17 +23,12 @@ class Preset:
     peak_lr: float
     paper_copies: int
     purify_epochs: int | None = None
-    expected: str
 
 
 PRESETS = {
     "digits": Preset(epochs=12, surrogate_epochs=5, batch_size=32, peak_lr=3e-3, paper_copies=0,
-                     purify_epochs=16,
-                     expected="see README"),
-    "gtsrb": Preset(epochs=4, surrogate_epochs=2, batch_size=32, peak_lr=2e-3, paper_copies=0,
-                    expected="see docs/results.md"),
-    "cifar10": Preset(epochs=30, surrogate_epochs=8, batch_size=128, peak_lr=3e-3, paper_copies=9,
-                      expected="not measured yet: some 40 minutes a network on 2 cores"),
-    "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, peak_lr=3e-3, paper_copies=0,
-                    expected="not measured yet"),
+                     purify_epochs=16),
+    "gtsrb": Preset(epochs=4, surrogate_epochs=2, batch_size=32, peak_lr=2e-3, paper_copies=0),
+    "cifar10": Preset(epochs=30, surrogate_epochs=8, batch_size=128, peak_lr=3e-3, paper_copies=9),
+    "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, peak_lr=3e-3, paper_copies=0),
 }

@@ -25,6 +25,7 @@ class TrainConfig:
         cosine to nearly zero (one cycle).
       weight_decay: decoupled decay of the kernels, >= 0.
       augment: random crops (and flips where the data set allows them).
+      crop: largest shift of a crop in pixels, >= 0.
       flip: horizontal flips keep the label.
 
     Raises:
@@ -36,13 +37,14 @@ class TrainConfig:
     peak_lr: float = 3e-3
     weight_decay: float = 5e-4
     augment: bool = True
+    crop: int = 4
     flip: bool = False
 
     def __post_init__(self):
         """Checks every range before any work starts."""
         validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
         validate.positive(peak_lr=self.peak_lr)
-        validate.at_least(0, weight_decay=self.weight_decay)
+        validate.at_least(0, weight_decay=self.weight_decay, crop=self.crop)
 
 
 class TrainState(NamedTuple):
@@ -115,7 +117,7 @@ def epoch(key: jax.Array, state: TrainState, images: jax.Array, labels: jax.Arra
         key_crop, key_dropout = jax.random.split(key)
         x = images[picks].astype(jnp.float32) / 255.0
         if config.augment:
-            x = augment.crop_flip(key_crop, x, flip=config.flip)
+            x = augment.crop_flip(key_crop, x, pad=config.crop, flip=config.flip)
 
         def loss_fn(weights):
             params = Params(weights, state.batch_stats, arch)

@@ -15,7 +15,7 @@ from awm_jax.types import Arch, Params
 from experiments.presets import PRESETS
 from experiments.progress import Progress
 
-_VERSION = 1  # raise it when training or triggers change, so that stale networks are not reused
+_VERSION = 2  # raise it when training or triggers change, so that stale networks are not reused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     images, labels = np.asarray(images), np.asarray(labels)
     preset = PRESETS[spec.dataset]
     config = training.TrainConfig(epochs=spec.epochs, batch_size=preset.batch_size,
-                                  peak_lr=preset.peak_lr, flip=dataset.flip)
+                                  peak_lr=preset.peak_lr, crop=preset.crop, flip=dataset.flip)
     arch = Arch(name=spec.arch, num_classes=dataset.num_classes,
                 image_shape=tuple(images.shape[1:]))
     key_init = jax.random.split(key_train)[0]

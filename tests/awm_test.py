@@ -114,9 +114,9 @@ def test_jit_is_eager(variant, small_params, small_batch):
     """Each of Algorithm 1's steps, traced and not."""
     settings = _config(variant).resolve(6, (8, 8, 3))
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
-    problem = awm._problem(small_params, images, labels, settings)
     state = awm.init(small_params, settings)
-    outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(0)
+    problem = awm._problem(small_params, images, labels, state.triggers + 0.1, settings)
+    outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
     eager = problem.settle(index, problem.ascend(key, index, state.trigger, outer))
     compiled = problem.settle(index, jax.jit(problem.ascend)(key, index, state.trigger, outer))
     np.testing.assert_allclose(eager, compiled, atol=1e-4)
@@ -157,7 +157,7 @@ def test_bad_batches(small_params, images, labels, match):
 @pytest.mark.parametrize("options, match", [
     ({"variant": "papper"}, "official"), ({"alpha": 1.5}, "alpha=1.5"), ({"tau": -1.0}, "tau=-1"),
     ({"epochs": 0}, "epochs=0"), ({"gamma": float("nan")}, "gamma=nan"), ({"copies": -1}, "copies"),
-    ({"inner_lr": 0.0}, "inner_lr")])
+    ({"inner_lr": 0.0}, "inner_lr"), ({"replay": 1.5}, "replay=1.5")])
 def test_bad_settings_name_the_value(options, match):
     with pytest.raises(ValueError, match=match):
         awm.AWMConfig(**options)
@@ -178,10 +178,37 @@ def test_paper_and_official_constants():
 
 def test_status_reads_the_end(small_params):
     state = awm.init(small_params, _config("paper").resolve(6, (8, 8, 3)))
-    good, bad = {"trigger_agreement": np.ones(20)}, {"trigger_agreement": np.zeros(20)}
+    good, bad = {"mask_mean": np.full(20, 0.9)}, {"mask_mean": np.linspace(1.0, 0.8, 20)}
     assert awm._status(state, good, 1.0) is awm.Status.OK
-    assert awm._status(state, bad, 1.0) is awm.Status.TRIGGER_REMAINS
+    assert awm._status(state, bad, 1.0) is awm.Status.NOT_CONVERGED
+    assert awm._status(state, {"mask_mean": np.array([0.9])}, 1.0) is awm.Status.NOT_CONVERGED
     assert awm._status(state, good, 0.5) is awm.Status.CLEAN_ACCURACY_LOST
+
+
+def test_replay_gives_images_earlier_triggers(small_params):
+    """The first epoch has none; later each image gets this epoch's or one of those before it."""
+    settings = _config("distilled", epochs=4, batch_size=400).resolve(6, (8, 8, 3))
+    triggers = jnp.arange(1.0, 5.0)[:, None, None, None] * jnp.ones((4, 8, 8, 3))
+    now, key = jnp.zeros((8, 8, 3)), jax.random.key(0)
+    first = awm._replayed(key, now, triggers, jnp.array(0), settings)
+    np.testing.assert_array_equal(first, 0.0)
+    third = awm._replayed(key, now, triggers, jnp.array(2), settings)[:, 0, 0, 0]
+    values, counts = np.unique(third, return_counts=True)
+    assert values.tolist() == [0.0, 1.0, 2.0]  # never one of its own future
+    np.testing.assert_allclose(counts / 400, [0.25, 0.375, 0.375], atol=0.08)
+
+
+def test_every_trigger_is_kept_for_replay(small_params, small_batch):
+    """The stored triggers are the ones the epochs found, in order; without replay only the last."""
+    seen = []
+    for variant, kept in (("distilled", 2), ("paper", 1)):
+        seen.clear()
+        awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
+                       on_epochs=lambda done, total, state, latest: seen.append(state))
+        assert len(seen[-1].triggers) == kept
+        np.testing.assert_array_equal(seen[-1].triggers[0] if kept == 2 else seen[0].trigger,
+                                      seen[0].trigger)
+        assert np.abs(seen[0].trigger - seen[1].trigger).max() > 0
 
 
 def test_layers_can_be_chosen(small_params, small_batch):

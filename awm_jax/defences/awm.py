@@ -23,8 +23,8 @@ class Status(enum.IntEnum):
     OK = 0
     NONFINITE = 1
     """A loss or mask became NaN or infinite; the masks are those of the epoch before."""
-    TRIGGER_REMAINS = 2
-    """The last trigger that was found still flips most clean images."""
+    NOT_CONVERGED = 2
+    """The masks still moved at the end: their mean by over 0.01 in the last tenth of the epochs."""
     CLEAN_ACCURACY_LOST = 3
     """The masked network disagrees with the suspect one on over a tenth of the given images."""
 
@@ -34,7 +34,7 @@ class Status(enum.IntEnum):
         return {
             Status.OK: "nothing to do",
             Status.NONFINITE: "lower inner_lr or outer_lr, and check the network's weights",
-            Status.TRIGGER_REMAINS: "run more epochs, lower alpha, or give more clean images",
+            Status.NOT_CONVERGED: "run more epochs, or lower outer_lr",
             Status.CLEAN_ACCURACY_LOST: "give more clean images, raise alpha, or lower tau",
         }[self]
 
@@ -47,14 +47,20 @@ class AWMState(NamedTuple):
       opt_state: Adam's state.
       epoch: how many epochs are done.
       finite: False once a non-finite value was met; from then on nothing changes.
-      trigger: the last trigger, ``[H, W, C]``.
+      triggers: ``[epochs, H, W, C]`` the trigger of every epoch done, zeros after them; only the
+        last one, ``[1, H, W, C]``, without ``settings.replay``.
     """
 
     masks: Masks
     opt_state: Any
     epoch: jax.Array
     finite: jax.Array
-    trigger: jax.Array
+    triggers: jax.Array
+
+    @property
+    def trigger(self) -> jax.Array:
+        """The last trigger, ``[H, W, C]`` (zeros before the first epoch)."""
+        return self.triggers[(self.epoch - 1) % len(self.triggers)]
 
 
 class AWMInfo(NamedTuple):
@@ -66,7 +72,7 @@ class AWMInfo(NamedTuple):
       clean_agreement: share of clean images on which the network gives what it should, in [0, 1].
       trigger_agreement: the same with the trigger.
       mask_mean: mean mask value, in [0, 1].
-      trigger_l1: the trigger's L1 norm.
+      trigger_l1: L1 norm of the triggers in the batch, their mean.
     """
 
     clean_loss: jax.Array
@@ -125,7 +131,7 @@ def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
     Args:
       params: the network.
       masks: weight masks.
-      delta: ``[H, W, C]`` the trigger.
+      delta: ``[H, W, C]`` the trigger, or ``[B, H, W, C]`` one an image.
       images: ``[B, H, W, C]`` in [0, 1].
       target: ``[B]`` labels or ``[B, c]`` probabilities.
       settings: ``alpha``, ``gamma`` and ``clamp_outer``.
@@ -141,14 +147,14 @@ def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
     info = AWMInfo(
         clean_loss, trigger_loss, (clean.argmax(axis=1) == wanted).mean(),
         (triggered.argmax(axis=1) == wanted).mean(), norm / masking.size(masks),
-        projections.l1_norm(delta),
+        projections.l1_norm(delta) / (len(images) if delta.ndim == 4 else 1),
     )
     return total, info
 
 
 def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
-    """Triggered images."""
-    images = images + delta[None]
+    """Triggered images, from one trigger or one an image."""
+    images = images + (delta[None] if delta.ndim == 3 else delta)
     return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
@@ -166,15 +172,28 @@ def _minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
     return images, labels
 
 
+def _replayed(key: jax.Array, delta: jax.Array, triggers: jax.Array, epoch: jax.Array,
+              settings: Settings) -> jax.Array:
+    """One trigger an image: this epoch's, or with probability ``replay`` an earlier epoch's."""
+    key_old, key_which = jax.random.split(key)
+    which = jax.random.randint(key_which, (settings.batch_size,), 0, jnp.maximum(epoch, 1))
+    old = jax.random.bernoulli(key_old, settings.replay, (settings.batch_size, 1, 1, 1))
+    return jnp.where(old & (epoch > 0), triggers[which], delta[None])
+
+
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
     """Adam whose rate falls to a tenth at ``decay_epoch``."""
     return optax.adam(optax.piecewise_constant_schedule(
         settings.outer_lr, {settings.decay_epoch * settings.outer_steps: 0.1}))
 
 
-def _problem(params: Params, images: jax.Array, labels: jax.Array,
+def _problem(params: Params, images: jax.Array, labels: jax.Array, triggers: jax.Array,
              settings: Settings) -> bilevel.Problem:
-    """Algorithm 1 as the four functions that `bilevel.epoch` drives."""
+    """Algorithm 1 as the four functions that `bilevel.epoch` drives.
+
+    ``triggers`` are those of earlier epochs: masks that only answer the newest one let go of what
+    they had erased before, as soon as the search finds something else.
+    """
     taus = jnp.asarray(settings.taus, jnp.float32)
     optimiser = _optimiser(settings)
 
@@ -201,9 +220,11 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array,
             delta, taus[epoch % len(taus)])
 
     def descend(key, epoch, delta, outer):
-        del epoch
         masks, opt_state = outer
-        x, target = _minibatch(key, images, labels, settings)
+        key_batch, key_replay = jax.random.split(key)
+        x, target = _minibatch(key_batch, images, labels, settings)
+        if settings.replay:
+            delta = _replayed(key_replay, delta, triggers, epoch, settings)
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
         gradients, info = jax.grad(
@@ -217,8 +238,9 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array,
 def init(params: Params, settings: Settings) -> AWMState:
     """The state before the first epoch: masks of ones (Algorithm 1, line 1)."""
     masks = masking.init(params.weights, settings.layers)
+    kept = settings.epochs if settings.replay else 1
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
-                    jnp.array(True), jnp.zeros(params.arch.image_shape))
+                    jnp.array(True), jnp.zeros((kept, *params.arch.image_shape)))
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -239,13 +261,15 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     Reference: AWM paper, Algorithm 1.
     """
     (masks, opt_state), trigger, info = bilevel.epoch(
-        _problem(params, images, labels, settings), jax.random.fold_in(key, state.epoch),
-        state.epoch, (state.masks, state.opt_state), inner_steps=settings.inner_steps,
+        _problem(params, images, labels, state.triggers, settings),
+        jax.random.fold_in(key, state.epoch), state.epoch,
+        (state.masks, state.opt_state), inner_steps=settings.inner_steps,
         outer_steps=settings.outer_steps)
     info = jax.tree.map(lambda x: x.mean(), info)
     leaves = jax.tree.leaves((masks, info, trigger))
     finite = state.finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-    new = AWMState(masks, opt_state, state.epoch, finite, trigger)
+    triggers = state.triggers.at[state.epoch % len(state.triggers)].set(trigger)
+    new = AWMState(masks, opt_state, state.epoch, finite, triggers)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new._replace(epoch=state.epoch + 1, finite=finite), info
 
@@ -377,5 +401,6 @@ def _status(state: AWMState, history: dict[str, np.ndarray], agreement: float) -
         return Status.NONFINITE
     if agreement < 0.9:
         return Status.CLEAN_ACCURACY_LOST
-    tail = history["trigger_agreement"][-max(1, len(history["trigger_agreement"]) // 10):]
-    return Status.TRIGGER_REMAINS if tail.mean() < 0.5 else Status.OK
+    mean = history["mask_mean"]
+    moved = abs(mean[-1] - mean[-1 - max(1, len(mean) // 10)]) if len(mean) > 1 else np.inf
+    return Status.NOT_CONVERGED if moved > 0.01 else Status.OK

@@ -29,6 +29,7 @@ class Settings:
       clamp_outer: clip it in the mask phase.
       augment: fresh crops (and flips) and MixUp/CutMix of every minibatch.
       flip: horizontal flips keep the label.
+      replay: share of the images in a mask step that get an earlier epoch's trigger, in [0, 1].
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
     """
 
@@ -51,11 +52,12 @@ class Settings:
     clamp_outer: bool
     augment: bool
     flip: bool
+    replay: float
     copies: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
-           "sparse": False, "clamp_inner": False, "augment": False}
+           "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0}
 
 # What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
 VARIANTS: dict[str, dict] = {
@@ -63,7 +65,7 @@ VARIANTS: dict[str, dict] = {
         **_SHARED, "epochs": 32, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
         "taus": (50.0, 100.0, 200.0), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
-        "clamp_outer": True, "augment": True,
+        "clamp_outer": True, "augment": True, "replay": 0.75,
     },
     "paper": {
         **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -85,8 +87,9 @@ class AWMConfig:
     * ``'distilled'``, the default: the masked network is asked to give, on the augmented clean
       images with and without the trigger, the outputs that the suspect network gives without it.
       The trigger is found by normalised steps, each followed by projection onto the L1 ball, so it
-      is sparse; its bound runs through three sizes, epoch by epoch. Half the epochs in, Adam's
-      rate falls to a tenth.
+      is sparse; its bound runs through three sizes, epoch by epoch. Three quarters of the images in
+      a mask step carry the trigger of an earlier epoch, so that what was erased stays erased. Half
+      the epochs in, Adam's rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -107,6 +110,7 @@ class AWMConfig:
         intensity summed over pixels and channels; scaled by the number of pixels for other sizes.
       inner_lr: step length of the trigger, > 0.
       outer_lr: Adam's rate, > 0.
+      replay: share of the images in a mask step that get an earlier epoch's trigger, in [0, 1].
       layers: ``'conv'``, ``'all'`` or a tuple of layer names.
       flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
       copies: fixed augmented copies of each image added beforehand, >= 0 (the paper's one-shot
@@ -132,6 +136,7 @@ class AWMConfig:
     tau: float | tuple[float, ...] | None = None
     inner_lr: float | None = None
     outer_lr: float | None = None
+    replay: float | None = None
     layers: str | tuple[str, ...] = "conv"
     flip: bool = False
     copies: int = 0
@@ -149,6 +154,8 @@ class AWMConfig:
             validate.positive(tau=tau)
         if self.alpha is not None:
             validate.between(0.0, 1.0, alpha=self.alpha)
+        if self.replay is not None:
+            validate.between(0.0, 1.0, replay=self.replay)
         if self.gamma is not None:
             validate.at_least(0.0, gamma=self.gamma)
         validate.at_least(0, copies=self.copies)
@@ -165,7 +172,7 @@ class AWMConfig:
         """
         values = dict(VARIANTS[self.variant])
         for name in ("epochs", "inner_steps", "outer_steps", "alpha", "gamma", "inner_lr",
-                     "outer_lr"):
+                     "outer_lr", "replay"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         if self.tau is not None:

@@ -4,10 +4,10 @@ XLA:CPU runs a convolution inside a loop body 30 to 50 times slower than outside
 convolution is shifted slices and one matrix product; on an accelerator it is the native operation.
 `jax.lax.platform_dependent` chooses while lowering, so one trace serves both.
 
-Two layouts of that product. *im2col* copies the image nine times (for a 3x3 kernel), then multiplies
-by ``[9I, O]``. *Rows* copies it three times, side by side, multiplies by ``[3I, 3O]`` and adds the
-three results, shifted down: a third of the copies, so it wins where images are large and memory
-traffic, not arithmetic, is what takes the time.
+Two layouts of that product. *im2col* copies the image nine times (for a 3x3 kernel), then
+multiplies by ``[9I, O]``. *Rows* copies it three times, side by side, multiplies by ``[3I, 3O]``
+and adds the three results, shifted down: a third of the copies, so it wins where images are large
+and memory traffic, not arithmetic, is what takes the time.
 """
 
 import functools
@@ -109,8 +109,8 @@ def _rows_kernel_grad(x, kernel, dy, pads):
     """The transpose of `_rows_conv` in its kernel."""
     kh, kw, c_in, c_out = kernel.shape
     shifted = [jnp.pad(dy, ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0))) for i in range(kh)]
-    shifted = jnp.concatenate(shifted, axis=-1).reshape(-1, kh * c_out)
-    gradient = _padded_rows(x, kw, pads).reshape(-1, kw * c_in).T @ shifted
+    beside = jnp.concatenate(shifted, axis=-1).reshape(-1, kh * c_out)
+    gradient = _padded_rows(x, kw, pads).reshape(-1, kw * c_in).T @ beside
     return gradient.reshape(kw, c_in, kh, c_out).transpose(2, 0, 1, 3)
 
 

@@ -31,15 +31,10 @@ def _data(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
             (np.arange(count) % classes).astype(np.int32))
 
 
-def _network(checkpoint: pathlib.Path | None):
-    """The small VGG in PyTorch: random weights for GTSRB, or those of a file."""
+def torch_small_vgg(classes: int):
+    """The small VGG as a PyTorch module whose state_dict has the published files' names."""
     import torch
 
-    from awm_jax import torch_compat
-
-    torch.manual_seed(0)
-    state = {} if checkpoint is None else torch_compat.load_state_dict(checkpoint)
-    classes = len(state["classifier.bias"]) if state else 43
     layers, width = [], 3
     for features in (32, 64, 128):
         for _ in range(2):
@@ -51,9 +46,21 @@ def _network(checkpoint: pathlib.Path | None):
     net.add_module("features", torch.nn.Sequential(*layers))
     net.add_module("flatten", torch.nn.Flatten())
     net.add_module("classifier", torch.nn.Linear(2048, classes))
+    return net.eval()
+
+
+def _network(checkpoint: pathlib.Path | None):
+    """Random weights for GTSRB, or those of a file."""
+    import torch
+
+    from awm_jax import torch_compat
+
+    torch.manual_seed(0)
+    state = {} if checkpoint is None else torch_compat.load_state_dict(checkpoint)
+    net = torch_small_vgg(len(state["classifier.bias"]) if state else 43)
     if state:
         net.load_state_dict(state)
-    return net.eval()
+    return net
 
 
 def time_torch(args: argparse.Namespace) -> dict[str, float]:

@@ -258,18 +258,11 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     """A float64 PyTorch module written here, from the equations, with its own autograd and Adam."""
     torch = pytest.importorskip("torch")
     from awm_jax import torch_compat
+    from experiments import benchmark_torch
 
     torch.manual_seed(0)
-    layers, width = [], 3
-    for features in (32, 64, 128):
-        for _ in range(2):
-            layers += [torch.nn.Conv2d(width, features, 3, padding=1),
-                       torch.nn.BatchNorm2d(features), torch.nn.ELU()]
-            width = features
-        layers += [torch.nn.MaxPool2d(2), torch.nn.Dropout(0.4)]
-    net = torch.nn.ModuleDict({"features": torch.nn.Sequential(*layers),
-                               "classifier": torch.nn.Linear(2048, 10)}).double().eval()
-    for module in net["features"]:
+    net = benchmark_torch.torch_small_vgg(10).double()
+    for module in net.features:
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
             torch.nn.init.normal_(module.running_mean, 0.0, 0.2)
@@ -282,30 +275,28 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     numbers = [0, 3, 8, 11, 16, 19]
     weights, stats = dict(params.weights), {}
     for i, n in enumerate(numbers, start=1):
-        conv, norm = net["features"][n], net["features"][n + 1]
+        conv, norm = net.features[n], net.features[n + 1]
         weights[f"conv{i}"] = {"kernel": exact(conv.weight).transpose(2, 3, 1, 0),
                                "bias": exact(conv.bias)}
         weights[f"bn{i}"] = {"scale": exact(norm.weight), "bias": exact(norm.bias)}
         stats[f"bn{i}"] = {"mean": exact(norm.running_mean), "var": exact(norm.running_var)}
-    dense = exact(net["classifier"].weight).reshape(10, 128, 4, 4).transpose(2, 3, 1, 0)
-    weights["dense"] = {"kernel": dense.reshape(2048, 10), "bias": exact(net["classifier"].bias)}
+    dense = exact(net.classifier.weight).reshape(10, 128, 4, 4).transpose(2, 3, 1, 0)
+    weights["dense"] = {"kernel": dense.reshape(2048, 10), "bias": exact(net.classifier.bias)}
     params = dataclasses.replace(params, weights=weights, batch_stats=stats)
 
     rng = np.random.default_rng(0)
     images, labels = rng.random((4, 32, 32, 3)), rng.integers(0, 10, 4)
     x = torch.tensor(images.transpose(0, 3, 1, 2))
     y = torch.tensor(labels)
-    kernels = [net["features"][n].weight.detach().clone() for n in numbers]
+    kernels = [net.features[n].weight.detach().clone() for n in numbers]
     mask_rng = np.random.default_rng(1)
     tmasks = [torch.tensor(mask_rng.uniform(0.2, 0.8, k.shape), requires_grad=True)
               for k in kernels]
 
     def forward(x):
-        state = {f"features.{n}.weight": k * m
-                 for n, k, m in zip(numbers, kernels, tmasks, strict=True)}
-        features = torch.func.functional_call(
-            net["features"], {k[len("features."):]: v for k, v in state.items()}, (x,))
-        return net["classifier"](features.flatten(1))
+        return torch.func.functional_call(
+            net, {f"features.{n}.weight": k * m
+                  for n, k, m in zip(numbers, kernels, tmasks, strict=True)}, (x,))
 
     ones = masks.init(params.weights)
     jmasks = jax.tree.map(lambda m: m, ones)

@@ -91,8 +91,7 @@ def _config(variant: str, args, dataset: Dataset) -> awm.AWMConfig:
     """AWM's settings for a variant on this data set."""
     one_shot = args.samples == "one-shot"
     copies = PRESETS[args.dataset].paper_copies if one_shot and variant != "distilled" else 0
-    own = PRESETS[args.dataset].purify_epochs if variant == "distilled" else None
-    return awm.AWMConfig(variant=variant, epochs=args.purify_epochs or own, flip=dataset.flip,
+    return awm.AWMConfig(variant=variant, epochs=args.purify_epochs, flip=dataset.flip,
                          copies=copies)
 
 

@@ -16,7 +16,6 @@ class Preset:
       peak_lr: highest learning rate of the one-cycle schedule.
       paper_copies: fixed augmented copies of each clean image in the paper's one-shot runs (section
         5.1: CIFAR-10 is augmented, appendix B: GTSRB is not).
-      purify_epochs: epochs of the distilled variant; None takes its own number.
     """
 
     epochs: int
@@ -25,26 +24,15 @@ class Preset:
     crop: int
     peak_lr: float
     paper_copies: int
-    purify_epochs: int | None = None
 
 
 PRESETS = {
-    "digits": Preset(
-        epochs=12,
-        surrogate_epochs=5,
-        batch_size=32,
-        crop=2,
-        peak_lr=3e-3,
-        paper_copies=0,
-        purify_epochs=16,
-    ),
-    "gtsrb": Preset(
-        epochs=4, surrogate_epochs=2, batch_size=32, crop=2, peak_lr=2e-3, paper_copies=0
-    ),
-    "cifar10": Preset(
-        epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3, paper_copies=9
-    ),
-    "mnist": Preset(
-        epochs=4, surrogate_epochs=1, batch_size=128, crop=2, peak_lr=3e-3, paper_copies=0
-    ),
+    "digits": Preset(epochs=12, surrogate_epochs=5, batch_size=32, crop=2, peak_lr=3e-3,
+                     paper_copies=0),
+    "gtsrb": Preset(epochs=4, surrogate_epochs=2, batch_size=32, crop=2, peak_lr=2e-3,
+                    paper_copies=0),
+    "cifar10": Preset(epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3,
+                      paper_copies=9),
+    "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, crop=2, peak_lr=3e-3,
+                    paper_copies=0),
 }

@@ -198,6 +198,18 @@ def test_replay_gives_images_earlier_triggers(small_params):
     np.testing.assert_allclose(counts / 400, [0.25, 0.375, 0.375], atol=0.08)
 
 
+def test_masks_of_the_default_never_rise(small_params, small_batch):
+    """Epoch by epoch no mask goes up; the paper's steps let some."""
+    rises = {}
+    for variant in ("distilled", "paper"):
+        seen = []
+        awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
+                       on_epochs=lambda done, total, state, latest, seen=seen: seen.append(
+                           _numbers(state.masks)))
+        rises[variant] = bool((seen[1] > seen[0]).any())
+    assert rises == {"distilled": False, "paper": True}
+
+
 def test_every_trigger_is_kept_for_replay(small_params, small_batch):
     """The stored triggers are the ones the epochs found, in order; without replay only the last."""
     seen = []

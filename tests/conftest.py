@@ -1,6 +1,11 @@
 """Shared fixtures: strict shapes, small networks, real data where it is."""
 
+import os
 import pathlib
+
+# Compiling is most of the suite's time; unoptimised machine code halves it. Before JAX starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0").strip()
 
 import jax
 import numpy as np

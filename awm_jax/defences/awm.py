@@ -230,7 +230,10 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, triggers: jax
         gradients, info = jax.grad(
             lambda m: mask_loss(params, m, delta, x, target, settings), has_aux=True)(masks)
         updates, opt_state = optimiser.update(gradients, opt_state, masks)
-        return (masking.clip(optax.apply_updates(masks, updates)), opt_state), info
+        stepped = masking.clip(optax.apply_updates(masks, updates))
+        if settings.monotone:
+            stepped = jax.tree.map(jnp.minimum, stepped, masks)
+        return (stepped, opt_state), info
 
     return bilevel.Problem(start, ascend, settle, descend)
 

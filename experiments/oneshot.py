@@ -7,6 +7,7 @@ second start; networks are cached and their training resumes.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -38,6 +39,11 @@ class Scene:
     attack: Attack
     dataset: Dataset
     split: splits.Split
+
+    @functools.cached_property
+    def before(self) -> metrics.Scores:
+        """Scores of the suspect network, the same for every seed."""
+        return self.evaluate(self.params)
 
     def evaluate(self, params: Params, limit: int | None = None) -> metrics.Scores:
         """Scores on the images that no defender ever draws."""
@@ -129,7 +135,7 @@ def _purify(scene: Scene, variant: str, seed: int, args, folder: pathlib.Path) -
     _pictures(scene, found, curve, variant, seed, folder)
     return {
         "attack": scene.name, "variant": variant, "seed": seed, "status": found.status.name,
-        "before": scene.evaluate(scene.params)._asdict(),
+        "before": scene.before._asdict(),
         "after": scene.evaluate(found.params)._asdict(),
         "seconds": seconds, "target": scene.attack.target, "clean_indices": chosen,
         "settings": dataclasses.asdict(settings), "history": found.history, "curve": curve,

@@ -8,6 +8,7 @@ second start; networks are cached and their training resumes.
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import sys
 import time
@@ -20,6 +21,7 @@ from awm_jax import masks as masking
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset, splits
 from awm_jax.defences import awm
+from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.report import figures, pictures
 from awm_jax.types import Arch, Batch, Params
 from experiments import networks, results
@@ -212,12 +214,16 @@ def run(args) -> dict:
 
 
 def _cell_name(attack: str, variant: str, seed: int, args) -> str:
-    """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
+    """Names a purification by all that decides it, so that a resumed run mixes nothing up.
+
+    The variant's constants are among it: a release that changes them starts its cells afresh.
+    """
     epochs = args.epochs or PRESETS[args.dataset].epochs
     network = args.checkpoint or f"e{epochs}-p{args.poison_rate}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"
-    settings = f"{variant}-{args.purify_epochs or 'default'}-{args.samples}"
+    constants = hashlib.sha256(repr(sorted(VARIANTS[variant].items())).encode()).hexdigest()[:8]
+    settings = f"{variant}-{constants}-{args.purify_epochs or 'default'}-{args.samples}"
     return f"{attack}{trigger}{target}/{network}/{settings}/{seed}"
 
 

@@ -14,6 +14,17 @@ def l1_norm(delta: jax.Array) -> jax.Array:
     return jnp.abs(delta).sum()
 
 
+def unit(gradient: jax.Array) -> jax.Array:
+    """``g / ||g||_2``; zero stays zero.
+
+    Example:
+      >>> [round(float(v), 6) for v in unit(jnp.array([3., 4.]))]
+      [0.6, 0.8]
+    """
+    norm = jnp.sqrt((gradient**2).sum())
+    return gradient / jnp.where(norm > 0, norm, 1.0)
+
+
 def scale_to_l1(delta: jax.Array, tau: float | jax.Array) -> jax.Array:
     """``delta * min(1, tau / ||delta||_1)``: shrinks every entry alike.
 

@@ -117,8 +117,9 @@ def test_jit_is_eager(variant, small_params, small_batch):
     state = awm.init(small_params, settings)
     problem = awm._problem(small_params, images, labels, state.triggers + 0.1, settings)
     outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
-    eager = problem.settle(index, problem.ascend(key, index, state.trigger, outer))
-    compiled = problem.settle(index, jax.jit(problem.ascend)(key, index, state.trigger, outer))
+    delta = problem.start(key, index, outer)
+    eager = problem.settle(index, problem.ascend(key, index, delta, outer))
+    compiled = problem.settle(index, jax.jit(problem.ascend)(key, index, delta, outer))
     np.testing.assert_allclose(eager, compiled, atol=1e-4)
     assert np.abs(eager).max() > 0
     (masks_eager, _), info_eager = problem.descend(key, index, eager, outer)
@@ -186,16 +187,23 @@ def test_status_reads_the_end(small_params):
 
 
 def test_replay_gives_images_earlier_triggers(small_params):
-    """The first epoch has none; later each image gets this epoch's or one of those before it."""
+    """Each image gets this epoch's trigger, one of those before it, or one of the survey's."""
     settings = _config("distilled", epochs=4, batch_size=400).resolve(6, (8, 8, 3))
-    triggers = jnp.arange(1.0, 5.0)[:, None, None, None] * jnp.ones((4, 8, 8, 3))
     now, key = jnp.zeros((8, 8, 3)), jax.random.key(0)
-    first = awm._replayed(key, now, triggers, jnp.array(0), settings)
-    np.testing.assert_array_equal(first, 0.0)
-    third = awm._replayed(key, now, triggers, jnp.array(2), settings)[:, 0, 0, 0]
-    values, counts = np.unique(third, return_counts=True)
-    assert values.tolist() == [0.0, 1.0, 2.0]  # never one of its own future
-    np.testing.assert_allclose(counts / 400, [0.25, 0.375, 0.375], atol=0.08)
+
+    def drawn(stored, epoch):
+        triggers = jnp.asarray(stored)[:, None, None, None] * jnp.ones((1, 8, 8, 3))
+        out = awm._replayed(key, now, triggers, jnp.array(epoch), settings)[:, 0, 0, 0]
+        values, counts = np.unique(out, return_counts=True)
+        return dict(zip(values.tolist(), counts / 400, strict=True))
+
+    assert drawn([1.0, 2.0, 3.0, 4.0], 0) == {0.0: 1.0}  # nothing is earlier than the first
+    third = drawn([1.0, 2.0, 3.0, 4.0], 2)
+    assert list(third) == [0.0, 1.0, 2.0]  # never one of its own future
+    np.testing.assert_allclose(list(third.values()), [0.25, 0.375, 0.375], atol=0.08)
+    surveyed = drawn([1.0, 2.0, 3.0, 4.0, 8.0, 9.0], 1)
+    assert list(surveyed) == [0.0, 1.0, 8.0, 9.0]
+    np.testing.assert_allclose(list(surveyed.values()), [0.25] * 4, atol=0.08)
 
 
 def test_masks_of_the_default_never_rise(small_params, small_batch):
@@ -212,15 +220,20 @@ def test_masks_of_the_default_never_rise(small_params, small_batch):
 
 def test_every_trigger_is_kept_for_replay(small_params, small_batch):
     """The stored triggers are the ones the epochs found, in order; without replay only the last."""
-    seen = []
-    for variant, kept in (("distilled", 2), ("paper", 1)):
-        seen.clear()
-        awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
-                       on_epochs=lambda done, total, state, latest: seen.append(state))
-        assert len(seen[-1].triggers) == kept
-        np.testing.assert_array_equal(seen[-1].triggers[0] if kept == 2 else seen[0].trigger,
-                                      seen[0].trigger)
-        assert np.abs(seen[0].trigger - seen[1].trigger).max() > 0
+    for variant, kept in (("distilled", 2 + 4), ("paper", 1)):
+        seen = []
+        out = awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
+                             on_epochs=lambda d, t, state, latest, seen=seen: seen.append(state))
+        first, last = (np.asarray(s.triggers) for s in seen)
+        assert len(first) == len(last) == kept
+        if variant == "distilled":
+            assert np.abs(first[0]).max() > 0 and not first[1].any() and last[1].any()
+            np.testing.assert_array_equal(first[0], last[0])
+            order = (-out.survey.damage).argsort()
+            np.testing.assert_array_equal(last[2:], out.survey.triggers[order])
+            np.testing.assert_array_equal(out.trigger, out.survey.triggers[order[0]])
+        else:
+            assert np.abs(first - last).max() > 0 and out.survey is None
 
 
 def test_layers_can_be_chosen(small_params, small_batch):

@@ -14,6 +14,7 @@ from awm_jax import bilevel, losses, models, projections, validate
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
 from awm_jax.defences.awm_config import AWMConfig, Settings
+from awm_jax.defences.survey import Survey, survey
 from awm_jax.types import Batch, Masks, Params
 
 
@@ -47,8 +48,8 @@ class AWMState(NamedTuple):
       opt_state: Adam's state.
       epoch: how many epochs are done.
       finite: False once a non-finite value was met; from then on nothing changes.
-      triggers: ``[epochs, H, W, C]`` the trigger of every epoch done, zeros after them; only the
-        last one, ``[1, H, W, C]``, without ``settings.replay``.
+      triggers: ``[epochs + suspects, H, W, C]`` the trigger of every epoch done, zeros after them,
+        and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
     """
 
     masks: Masks
@@ -56,11 +57,6 @@ class AWMState(NamedTuple):
     epoch: jax.Array
     finite: jax.Array
     triggers: jax.Array
-
-    @property
-    def trigger(self) -> jax.Array:
-        """The last trigger, ``[H, W, C]`` (zeros before the first epoch)."""
-        return self.triggers[(self.epoch - 1) % len(self.triggers)]
 
 
 class AWMInfo(NamedTuple):
@@ -92,7 +88,10 @@ class Purified:
       masks: the masks in [0, 1] that made it.
       status: `Status`; ``status.advice`` says what to do.
       history: `AWMInfo`'s fields, each ``[epochs]``.
-      trigger: ``[H, W, C]`` the last trigger found, added to images in [0, 1].
+      trigger: ``[H, W, C]`` the most damaging trigger of the survey, or of the last epoch in a
+        variant without one; added to images in [0, 1].
+      survey: ``[c, H, W, C]`` triggers and ``[c]`` damage, class by class, found on the suspect
+        network; None in a variant without one.
     """
 
     params: Params
@@ -100,6 +99,7 @@ class Purified:
     status: Status
     history: dict[str, np.ndarray]
     trigger: np.ndarray
+    survey: Survey | None
 
 
 def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
@@ -174,11 +174,14 @@ def _minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
 
 def _replayed(key: jax.Array, delta: jax.Array, triggers: jax.Array, epoch: jax.Array,
               settings: Settings) -> jax.Array:
-    """One trigger an image: this epoch's, or with probability ``replay`` an earlier epoch's."""
+    """One trigger an image: this epoch's, or with probability ``replay`` an earlier one."""
     key_old, key_which = jax.random.split(key)
-    which = jax.random.randint(key_which, (settings.batch_size,), 0, jnp.maximum(epoch, 1))
+    surveyed = len(triggers) - settings.epochs
+    earlier = surveyed + epoch
+    which = jax.random.randint(key_which, (settings.batch_size,), 0, jnp.maximum(earlier, 1))
     old = jax.random.bernoulli(key_old, settings.replay, (settings.batch_size, 1, 1, 1))
-    return jnp.where(old & (epoch > 0), triggers[which], delta[None])
+    # The survey's lie at the end, so the first of them is at -surveyed.
+    return jnp.where(old & (earlier > 0), triggers[which - surveyed], delta[None])
 
 
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
@@ -198,8 +201,13 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, triggers: jax
     optimiser = _optimiser(settings)
 
     def start(key, epoch, outer):
-        del key, epoch, outer
-        return jnp.zeros(images.shape[1:], images.dtype)
+        del key, outer
+        zero = jnp.zeros(images.shape[1:], images.dtype)
+        surveyed = len(triggers) - settings.epochs if settings.replay else 0
+        if not surveyed:
+            return zero
+        # By turns from nothing and from a surveyed trigger, to see if its backdoor has come back.
+        return jnp.where(epoch % 2 == 1, triggers[settings.epochs + epoch // 2 % surveyed], zero)
 
     def ascend(key, epoch, delta, outer):
         x, y = _minibatch(key, images, labels, settings)
@@ -208,8 +216,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, triggers: jax
             y = models.apply(params, x, masks=masks).argmax(axis=1)
         gradient = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner)
         if settings.normalised:
-            norm = jnp.sqrt((gradient**2).sum())
-            gradient = gradient / jnp.where(norm > 0, norm, 1.0)
+            gradient = projections.unit(gradient)
         delta = delta + settings.inner_lr * gradient
         if settings.sparse:
             delta = jnp.clip(projections.l1_ball(delta, taus[epoch % len(taus)]), -1.0, 1.0)
@@ -238,12 +245,36 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, triggers: jax
     return bilevel.Problem(start, ascend, settle, descend)
 
 
-def init(params: Params, settings: Settings) -> AWMState:
-    """The state before the first epoch: masks of ones (Algorithm 1, line 1)."""
+def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
+         settings: Settings) -> Survey:
+    """The survey of a suspect network that a run starts with; see `awm_jax.defences.survey`.
+
+    Its bound is twice that of the epochs: it must find the trigger, not be kept from using it.
+
+    Args: as `step`.
+    """
+    steps = max(10, settings.survey_steps // params.arch.num_classes)
+    return survey(jax.random.fold_in(key, settings.epochs + 1), params,
+                  lambda k: _minibatch(k, images, labels, settings)[0], steps=steps,
+                  tau=2 * settings.taus[0])
+
+
+def init(params: Params, settings: Settings, found: Survey | None = None) -> AWMState:
+    """The state before the first epoch: masks of ones (Algorithm 1, line 1).
+
+    Args:
+      params: the suspect network.
+      settings: from `AWMConfig.resolve`.
+      found: from `look`; its most damaging triggers are replayed from the start.
+    """
     masks = masking.init(params.weights, settings.layers)
     kept = settings.epochs if settings.replay else 1
+    triggers = jnp.zeros((kept, *params.arch.image_shape))
+    if found is not None:
+        worst = jnp.argsort(-found.damage)[:settings.suspects]
+        triggers = jnp.concatenate([triggers, found.triggers[worst]])
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
-                    jnp.array(True), jnp.zeros((kept, *params.arch.image_shape)))
+                    jnp.array(True), triggers)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -271,7 +302,8 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     info = jax.tree.map(lambda x: x.mean(), info)
     leaves = jax.tree.leaves((masks, info, trigger))
     finite = state.finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-    triggers = state.triggers.at[state.epoch % len(state.triggers)].set(trigger)
+    slot = state.epoch if settings.replay else 0
+    triggers = state.triggers.at[slot].set(trigger)
     new = AWMState(masks, opt_state, state.epoch, finite, triggers)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new._replace(epoch=state.epoch + 1, finite=finite), info
@@ -289,7 +321,9 @@ def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
     Example: `jax.jit(jax.vmap(run, in_axes=(0, None, None, None, None)), static_argnums=4)`.
     """
     images, labels = prepare(key, images, labels, settings)
-    return _epochs(key, init(params, settings), params, images, labels, settings, settings.epochs)
+    found = look(key, params, images, labels, settings) if settings.survey_steps else None
+    state = init(params, settings, found)
+    return _epochs(key, state, params, images, labels, settings, settings.epochs)
 
 
 def prepare(key: jax.Array, images: jax.Array, labels: jax.Array,
@@ -314,6 +348,7 @@ def _epochs(key, state, params, images, labels, settings, length):
 _jit_epochs = jax.jit(_epochs, static_argnames=("settings", "length"))
 _jit_prepare = jax.jit(prepare, static_argnames="settings")
 _jit_init = jax.jit(init, static_argnames="settings")
+_jit_look = jax.jit(look, static_argnames="settings")
 
 
 @jax.jit
@@ -371,7 +406,8 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     settings = config.resolve(len(given), params.arch.image_shape)
     every = _stretch(settings.epochs, every)
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
-    state, infos = _jit_init(params, settings), []
+    found = _jit_look(key, params, images, labels, settings) if settings.survey_steps else None
+    state, infos = _jit_init(params, settings, found), []
     for done in range(every, settings.epochs + 1, every):
         state, info = _jit_epochs(key, state, params, images, labels, settings, every)
         infos.append(jax.device_get(info))
@@ -380,8 +416,13 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
             on_epochs(done, settings.epochs, state, latest)
     history = {name: np.concatenate([getattr(i, name) for i in infos]) for name in AWMInfo._fields}
     status = _status(state, history, float(_agreement(params, state.masks, given)))
+    if found is None:
+        trigger = state.triggers[settings.epochs - 1 if settings.replay else 0]
+    else:
+        found = jax.device_get(found)
+        trigger = found.triggers[found.damage.argmax()]
     return Purified(with_masks(params, state.masks), state.masks, status, history,
-                    np.asarray(state.trigger))
+                    np.asarray(trigger), found)
 
 
 def with_masks(params: Params, masks: Masks) -> Params:

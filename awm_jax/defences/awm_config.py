@@ -31,6 +31,8 @@ class Settings:
       flip: horizontal flips keep the label.
       replay: share of the images in a mask step that get an earlier epoch's trigger, in [0, 1].
       monotone: masks only fall, step by step.
+      survey_steps: trigger steps of the survey in all (at least 10 a class); 0 for none.
+      suspects: how many of the survey's most damaging triggers are replayed.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
     """
 
@@ -55,12 +57,14 @@ class Settings:
     flip: bool
     replay: float
     monotone: bool
+    survey_steps: int
+    suspects: int
     copies: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "monotone": False}
+           "monotone": False, "survey_steps": 0, "suspects": 0}
 
 # What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
 VARIANTS: dict[str, dict] = {
@@ -69,7 +73,7 @@ VARIANTS: dict[str, dict] = {
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75,
-        "monotone": True,
+        "monotone": True, "survey_steps": 400, "suspects": 4,
     },
     "paper": {
         **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -91,9 +95,10 @@ class AWMConfig:
     * ``'distilled'``, the default: the masked network is asked to give, on the augmented clean
       images with and without the trigger, the outputs that the suspect network gives without it.
       The trigger is found by normalised steps, each followed by projection onto the L1 ball, so it
-      is sparse. Two rules keep erased what was erased: three quarters of the images in a mask step
-      carry the trigger of an earlier epoch, and masks never rise. 16 epochs; half of them in,
-      Adam's rate falls to a tenth.
+      is sparse. A survey comes first: one trigger towards every class, of which the four that drive
+      the network farthest are among the triggers from the start. Two rules keep erased what was
+      erased: three quarters of the images in a mask step carry an earlier trigger, and masks never
+      rise. 16 epochs; half of them in, Adam's rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -181,6 +186,8 @@ class AWMConfig:
                 values[name] = getattr(self, name)
         if self.tau is not None:
             values["taus"] = _as_tuple(self.tau)
+        if not values["replay"]:  # what the survey finds is used by replaying it
+            values["survey_steps"] = values["suspects"] = 0
         height, width, _ = image_shape
         values["taus"] = tuple(tau * height * width / 1024 for tau in values["taus"])
         total = num_images * (1 + self.copies)

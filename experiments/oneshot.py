@@ -141,6 +141,7 @@ def _purify(scene: Scene, variant: str, seed: int, args, folder: pathlib.Path) -
         "after": scene.evaluate(found.params)._asdict(),
         "seconds": seconds, "target": scene.attack.target, "clean_indices": chosen,
         "settings": dataclasses.asdict(settings), "history": found.history, "curve": curve,
+        "damage": None if found.survey is None else found.survey.damage,
     }
 
 

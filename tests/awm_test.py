@@ -31,7 +31,8 @@ def test_masks_bound_and_history(variant, small_params, small_batch):
     out = awm_jax.purify(small_params, small_batch, config=config)
     values = _numbers(out.masks)
     assert 0 <= values.min() and values.max() <= 1 and (values < 1).any()
-    assert np.abs(out.trigger).sum() <= 100.0 * 8 * 8 / 1024 * (1 + 1e-5)
+    bound = 100.0 * 8 * 8 / 1024 * (2 if variant == "distilled" else 1)  # the survey's is twice
+    assert np.abs(out.trigger).sum() <= bound * (1 + 1e-5)
     assert np.abs(out.trigger).sum() > 0
     assert {len(v) for v in out.history.values()} == {2}
     assert isinstance(out.params, awm_jax.Params) and out.params.arch == small_params.arch
@@ -82,20 +83,23 @@ def test_the_compilation_guard_can_fail():
         jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
 
 
-def test_vmap_over_keys_is_the_loop(small_params, small_batch):
-    config = _config("distilled")
-    data = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+def test_vmap_over_keys_is_the_loop(x64, small_params, small_batch):
+    """In float64: Adam's first steps are +-lr whatever the gradient's size, so in float32 a sign
+    that is zero up to rounding moves a mask either way."""
+    params = dataclasses.replace(small_params, weights=_as64(small_params.weights),
+                                 batch_stats=_as64(small_params.batch_stats))
+    data = (jnp.asarray(small_batch.images, jnp.float64), jnp.asarray(small_batch.labels),
+            _config("distilled").resolve(6, (8, 8, 3)))
     keys = jax.random.split(jax.random.key(3), 2)
+    run = jax.jit(awm.run, static_argnums=4)
     together, info = jax.jit(jax.vmap(awm.run, in_axes=(0, None, None, None, None)),
-                             static_argnums=4)(keys, small_params, *data,
-                                               config.resolve(6, (8, 8, 3)))
+                             static_argnums=4)(keys, params, *data)
     for i, key in enumerate(keys):
-        alone = awm_jax.purify(small_params, small_batch, config=config, key=key)
-        # Adam's early steps are +-lr whatever the gradient's size: where a gradient is zero up to
-        # rounding its sign may differ, so all but a few in a thousand must agree.
+        alone, alone_info = run(key, params, *data)
         ours = _numbers(jax.tree.map(lambda x, i=i: x[i], together.masks))
-        assert np.isclose(ours, _numbers(alone.masks), atol=1e-4).mean() > 0.995
-        np.testing.assert_allclose(info.clean_loss[i], alone.history["clean_loss"], rtol=1e-3)
+        assert ours.dtype == np.float64 and (ours < 1).any()
+        assert np.isclose(ours, _numbers(alone.masks), atol=1e-6).mean() > 0.9999
+        np.testing.assert_allclose(info.clean_loss[i], alone_info.clean_loss, rtol=1e-6)
 
 
 def test_stretches_do_not_matter(small_params, small_batch):

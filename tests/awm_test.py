@@ -119,7 +119,8 @@ def test_jit_is_eager(variant, small_params, small_batch):
     settings = _config(variant).resolve(6, (8, 8, 3))
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
     state = awm.init(small_params, settings)
-    problem = awm._problem(small_params, images, labels, state.triggers + 0.1, settings)
+    fled = awm._fled(small_params, state.masks, images, labels, settings)
+    problem = awm._problem(small_params, images, labels, fled, state.triggers + 0.1, settings)
     outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
     delta = problem.start(key, index, outer)
     eager = problem.settle(index, problem.ascend(key, index, delta, outer))
@@ -362,3 +363,16 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     for i, m in enumerate(tmasks, start=1):
         expected = m.detach().clamp(0, 1).numpy().transpose(2, 3, 1, 0)
         np.testing.assert_allclose(jmasks[f"conv{i}"]["kernel"], expected, rtol=1e-6)
+
+
+def test_what_the_trigger_flees_is_the_masked_networks_own_answer(small_params, small_batch):
+    m = jax.tree.map(lambda leaf: 0.5 * leaf, masks.init(small_params.weights))
+    x, y = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    own = models.apply(small_params, x, masks=m).argmax(axis=1)
+    # Batches of 4 do not divide the 6 images.
+    settings = _config("official", batch_size=4).resolve(len(x), small_params.arch.image_shape)
+    np.testing.assert_array_equal(awm._fled(small_params, m, x, y, settings), own)
+    settings = _config("paper").resolve(len(x), small_params.arch.image_shape)
+    assert awm._fled(small_params, m, x, y, settings) is y
+    settings = _config("distilled").resolve(len(x), small_params.arch.image_shape)
+    assert awm._fled(small_params, m, x, y, settings) is None

@@ -84,3 +84,30 @@ def test_training_mode_moves_statistics_and_drops_out(small_params, small_batch)
     other, _ = models.apply_train(small_params, small_batch.images, key=jax.random.key(2))
     assert not np.allclose(first, other)
     assert not np.allclose(stats["bn1"]["mean"], small_params.batch_stats["bn1"]["mean"])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 7)])
+def test_pool_and_its_gradient_equal_the_reduction(x64, shape):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, *shape, 3), jnp.float64)
+    ours, ours_vjp = jax.vjp(ops.max_pool_2x2, x)
+    theirs, theirs_vjp = jax.vjp(lambda x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"), x)
+    np.testing.assert_array_equal(ours, theirs)
+    dy = jax.random.normal(keys[1], ours.shape, jnp.float64)
+    np.testing.assert_array_equal(ours_vjp(dy)[0], theirs_vjp(dy)[0])
+
+
+def test_pool_shares_the_gradient_among_equals():
+    x = jnp.array([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: 3 * ops.max_pool_2x2(x).sum())(x)
+    np.testing.assert_allclose(gradient.reshape(2, 2), [[1.0, 1.0], [0.0, 1.0]])
+
+
+def test_elu_and_its_gradient_equal_the_library_one(x64):
+    x = jnp.linspace(-30.0, 5.0, 71)
+    np.testing.assert_array_equal(ops.elu(x), jax.nn.elu(x))
+    np.testing.assert_allclose(jax.vmap(jax.grad(ops.elu))(x), jax.vmap(jax.grad(jax.nn.elu))(x),
+                               rtol=1e-2, atol=1e-15)
+    np.testing.assert_allclose(jax.vmap(jax.grad(ops.elu))(x)[40:],
+                               jax.vmap(jax.grad(jax.nn.elu))(x)[40:], rtol=1e-12)

@@ -21,7 +21,7 @@ class SmallVGG(nn.Module):
                             conv_general_dilated=ops.flax_conv)(x)
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
                                  name=f"bn{index}")(x)
-                x = nn.elu(x)
+                x = ops.elu(x)
             x = ops.max_pool_2x2(x)
             x = nn.Dropout(dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="dense")(x.reshape(x.shape[0], -1))

@@ -124,14 +124,14 @@ def time_jax(args: argparse.Namespace) -> dict[str, float]:
     import jax
 
     from awm_jax import masks, torch_compat
-    from awm_jax.defences import awm
+    from awm_jax.defences import awm, awm_steps
 
     params = torch_compat.params_from_state_dict(_network(args.checkpoint).state_dict())
     images, labels = map(jax.numpy.asarray, _data(args.images, params.arch.num_classes))
     settings = dataclasses.replace(
         awm.AWMConfig(variant="paper", epochs=args.epochs, batch_size=args.batch).resolve(
             args.images, (32, 32, 3)), inner_target="own", clamp_outer=True)
-    run = jax.jit(awm.run, static_argnames="settings")
+    run = jax.jit(awm_steps.run, static_argnames="settings")
     started = time.perf_counter()
     compiled = run.lower(jax.random.key(0), params, images, labels, settings=settings).compile()
     compile_seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ import pytest
 
 import awm_jax
 from awm_jax import losses, masks, models, projections
-from awm_jax.defences import awm
+from awm_jax.defences import awm, awm_steps
 from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
@@ -91,8 +91,8 @@ def test_vmap_over_keys_is_the_loop(x64, small_params, small_batch):
     data = (jnp.asarray(small_batch.images, jnp.float64), jnp.asarray(small_batch.labels),
             _config("distilled").resolve(6, (8, 8, 3)))
     keys = jax.random.split(jax.random.key(3), 2)
-    run = jax.jit(awm.run, static_argnums=4)
-    together, info = jax.jit(jax.vmap(awm.run, in_axes=(0, None, None, None, None)),
+    run = jax.jit(awm_steps.run, static_argnums=4)
+    together, info = jax.jit(jax.vmap(awm_steps.run, in_axes=(0, None, None, None, None)),
                              static_argnums=4)(keys, params, *data)
     for i, key in enumerate(keys):
         alone, alone_info = run(key, params, *data)
@@ -118,9 +118,9 @@ def test_jit_is_eager(variant, small_params, small_batch):
     """Each of Algorithm 1's steps, traced and not."""
     settings = _config(variant).resolve(6, (8, 8, 3))
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
-    state = awm.init(small_params, settings)
-    fled = awm._fled(small_params, state.masks, images, labels, settings)
-    problem = awm._problem(small_params, images, labels, fled, state.triggers + 0.1, settings)
+    state = awm_steps.init(small_params, settings)
+    fled = awm_steps._fled(small_params, state.masks, images, labels, settings)
+    problem = awm_steps._problem(small_params, images, labels, fled, state.triggers + 0.1, settings)
     outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
     delta = problem.start(key, index, outer)
     eager = problem.settle(index, problem.ascend(key, index, delta, outer))
@@ -183,7 +183,7 @@ def test_paper_and_official_constants():
 
 
 def test_status_reads_the_end(small_params):
-    state = awm.init(small_params, _config("paper").resolve(6, (8, 8, 3)))
+    state = awm_steps.init(small_params, _config("paper").resolve(6, (8, 8, 3)))
     good, bad = {"mask_mean": np.full(20, 0.9)}, {"mask_mean": np.linspace(1.0, 0.8, 20)}
     assert awm._status(state, good, 1.0) is awm.Status.OK
     assert awm._status(state, bad, 1.0) is awm.Status.NOT_CONVERGED
@@ -198,7 +198,7 @@ def test_replay_gives_images_earlier_triggers(small_params):
 
     def drawn(stored, epoch):
         triggers = jnp.asarray(stored)[:, None, None, None] * jnp.ones((1, 8, 8, 3))
-        out = awm._replayed(key, now, triggers, jnp.array(epoch), settings)[:, 0, 0, 0]
+        out = awm_steps._replayed(key, now, triggers, jnp.array(epoch), settings)[:, 0, 0, 0]
         values, counts = np.unique(out, return_counts=True)
         return dict(zip(values.tolist(), counts / 400, strict=True))
 
@@ -266,11 +266,11 @@ def test_trigger_and_mask_gradients_equal_finite_differences(x64, small_params, 
         return losses.cross_entropy(models.apply(params, x + d[None], masks=m), y)
 
     def mask_loss(m):
-        return awm.mask_loss(params, m, delta, x, y, settings)[0]
+        return awm_steps.mask_loss(params, m, delta, x, y, settings)[0]
 
     along = jnp.asarray(rng.normal(size=delta.shape))
     slope = (trigger_loss(delta + 1e-6 * along) - trigger_loss(delta - 1e-6 * along)) / 2e-6
-    gradient = awm.trigger_gradient(params, m, delta, x, y, clamp=False)
+    gradient = awm_steps.trigger_gradient(params, m, delta, x, y, clamp=False)
     np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-4)
 
     along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), m)
@@ -339,7 +339,7 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     tdelta = (tdelta + 10.0 * torch.autograd.grad(tloss, tdelta)[0]).detach()
     jx, jy = jnp.asarray(images), jnp.asarray(labels)
     delta = jnp.zeros((32, 32, 3), jnp.float64)
-    delta = delta + 10.0 * awm.trigger_gradient(params, jmasks, delta, jx, jy, clamp=False)
+    delta = delta + 10.0 * awm_steps.trigger_gradient(params, jmasks, delta, jx, jy, clamp=False)
     np.testing.assert_allclose(delta, tdelta[0].numpy().transpose(1, 2, 0), rtol=1e-6, atol=1e-12)
 
     tau = 0.3 * float(tdelta.abs().sum())
@@ -355,7 +355,7 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     optimiser.step()
     settings = awm.AWMConfig(variant="paper").resolve(4, (32, 32, 3))
     (value, _), gradients = jax.value_and_grad(
-        lambda m: awm.mask_loss(params, m, delta, jx, jy, settings), has_aux=True)(jmasks)
+        lambda m: awm_steps.mask_loss(params, m, delta, jx, jy, settings), has_aux=True)(jmasks)
     adam = optax.adam(0.01)
     updates, _ = adam.update(gradients, adam.init(jmasks), jmasks)
     jmasks = masks.clip(optax.apply_updates(jmasks, updates))
@@ -371,8 +371,8 @@ def test_what_the_trigger_flees_is_the_masked_networks_own_answer(small_params, 
     own = models.apply(small_params, x, masks=m).argmax(axis=1)
     # Batches of 4 do not divide the 6 images.
     settings = _config("official", batch_size=4).resolve(len(x), small_params.arch.image_shape)
-    np.testing.assert_array_equal(awm._fled(small_params, m, x, y, settings), own)
+    np.testing.assert_array_equal(awm_steps._fled(small_params, m, x, y, settings), own)
     settings = _config("paper").resolve(len(x), small_params.arch.image_shape)
-    assert awm._fled(small_params, m, x, y, settings) is y
+    assert awm_steps._fled(small_params, m, x, y, settings) is y
     settings = _config("distilled").resolve(len(x), small_params.arch.image_shape)
-    assert awm._fled(small_params, m, x, y, settings) is None
+    assert awm_steps._fled(small_params, m, x, y, settings) is None

@@ -7,7 +7,7 @@ import pytest
 
 from awm_jax import data, losses, models, torch_compat
 from awm_jax.data import splits
-from awm_jax.defences import awm
+from awm_jax.defences import awm, awm_steps
 from awm_jax.defences.survey import log_odds, survey
 
 
@@ -61,7 +61,7 @@ def test_a_published_backdoor_stands_out(shared_data, name, target):
     chosen = pool[splits.draw_clean(0, cifar.test_labels[pool], 10, "one-shot")]
     images = jnp.asarray(cifar.test_images[chosen].astype(np.float32) / 255.0)
     settings = awm.AWMConfig(flip=True).resolve(10, (32, 32, 3))
-    found = jax.jit(awm.look, static_argnames="settings")(
+    found = jax.jit(awm_steps.look, static_argnames="settings")(
         jax.random.key(0), params, images, jnp.asarray(cifar.test_labels[chosen], jnp.int32),
         settings)
     order = np.argsort(found.damage)[::-1]

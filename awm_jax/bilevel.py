@@ -40,7 +40,7 @@ def epoch(problem: Problem, key: jax.Array, index: jax.Array, outer: Tree, *, in
       ``(outer, inner, info)``: the new state, the adversary it was trained against, and the
       defender's info of every descent, stacked.
 
-    Example: see `awm_jax.defences.awm`, whose epoch this is.
+    Example: see `awm_jax.defences.awm_steps`, whose epoch this is.
 
     Reference: AWM paper, Algorithm 1.
     """

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import http.client
 import io
 import time
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from awm_jax import data
-from awm_jax.data import augment, gtsrb, mixing, official, splits
+from awm_jax.data import augment, download, gtsrb, mixing, official, splits
 
 
 @pytest.fixture
@@ -141,8 +142,10 @@ def test_damage_inside_an_archive_names_it(tmp_path, cache):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("name, first", [
+    ("gtsrb", r"Training_Images\.zip"), ("mnist", r"train-images-idx3-ubyte\.gz")])
 @pytest.mark.parametrize("broken, error", [(True, FileNotFoundError), (False, OSError)])
-def test_a_failed_download_leaves_nothing(broken, error, cache, monkeypatch):
+def test_a_failed_download_leaves_nothing(broken, error, name, first, cache, monkeypatch):
     class Reply(io.BytesIO):
         def read(self, *args):
             if broken:
@@ -150,9 +153,25 @@ def test_a_failed_download_leaves_nothing(broken, error, cache, monkeypatch):
             return super().read(*args)
 
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: Reply(b"not the archive"))
-    with pytest.raises(error, match=r"Training_Images\.zip"):
-        data.load("gtsrb")
-    assert not list((cache / "downloads" / "gtsrb").iterdir())
+    with pytest.raises(error, match=first):
+        data.load(name)
+    assert not list((cache / "downloads" / name).iterdir())
+
+
+def test_a_download_with_the_right_sum_is_kept_and_not_made_twice(tmp_path, monkeypatch):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO(b"some bytes")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    files = {"a.gz": hashlib.md5(b"some bytes").hexdigest()}
+    for _ in range(2):
+        download.fetch_missing("https://example.org/", files, tmp_path / "new")
+    assert asked == ["https://example.org/a.gz"]
+    assert (tmp_path / "new" / "a.gz").read_bytes() == b"some bytes"
+    assert len(list((tmp_path / "new").iterdir())) == 1
 
 
 def test_damaged_archive_is_named(tmp_path, cache):
@@ -207,7 +226,7 @@ def test_mnist_files(shared_data, cache):
 
 
 def test_damaged_mnist_is_named(tmp_path, cache):
-    for name in official.MNIST_FILES.values():
+    for name in official.MNIST_FILES:
         (tmp_path / name).write_bytes(gzip.compress(b"nonsense"))
     with pytest.raises(OSError, match="train-images"):
         data.load("mnist", tmp_path)

@@ -2,14 +2,8 @@
 
 import contextlib
 import csv
-import hashlib
-import http.client
 import io
-import os
 import pathlib
-import shutil
-import tempfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,10 +11,10 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from awm_jax.data import tfds_arrays
+from awm_jax.data import download, tfds_arrays
 
 URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
-# md5 of the official files; checked after a download only, since a local copy may be repacked.
+# md5 of the official files.
 ARCHIVES = {
     "GTSRB_Final_Training_Images.zip": "f33fd80ac59bff73c82d25ab499e03a3",
     "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
@@ -142,10 +136,8 @@ def prepare(folder: pathlib.Path, cache: pathlib.Path):
     Returns:
       ``(train_images, train_labels, test_images, test_labels)``.
     """
-    for name, md5 in ARCHIVES.items():
-        path = folder / name
-        if not path.exists():
-            _download(name, md5, folder)
+    download.fetch_missing(URL, ARCHIVES, folder)
+    for path in (folder / name for name in ARCHIVES):
         if not zipfile.is_zipfile(path):
             raise OSError(f"{path} is no whole zip archive. Delete it and get it anew from {URL}.")
     arrays = tfds_arrays.prepare_and_read(Gtsrb, folder, cache)
@@ -156,29 +148,3 @@ def prepare(folder: pathlib.Path, cache: pathlib.Path):
                 f"archives are not the whole of GTSRB. Get them anew from {URL}."
             )
     return arrays
-
-
-def _download(name: str, md5: str, folder: pathlib.Path) -> None:
-    """Fetches one archive to a temporary name, checks its sum, renames it."""
-    missing = (
-        f"Expected {name} in {folder}; it is not there and could not be downloaded. Download "
-        f"{', '.join(ARCHIVES)} from {URL} into {folder}, or name the directory that holds them "
-        "with --data_dir or AWM_DATA_DIR."
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, so that an interrupted download leaves no part of an archive.
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            part = pathlib.Path(temporary) / name
-            with urllib.request.urlopen(URL + name, timeout=10) as reply, part.open("wb") as file:
-                print(f"Downloading {URL + name} ...", flush=True)
-                shutil.copyfileobj(reply, file, 1 << 20)
-            with part.open("rb") as file:
-                found = hashlib.file_digest(file, "md5").hexdigest()
-            if found == md5:
-                os.replace(part, folder / name)
-    except (http.client.HTTPException, OSError) as error:
-        raise FileNotFoundError(f"{missing} ({error})") from error
-    if found != md5:
-        raise OSError(f"Expected {name} with md5 {md5}, the download has {found}. Try again.")
-

@@ -1,19 +1,21 @@
 """CIFAR-10 and MNIST as their publishers and TFDS give them."""
 
 import gzip
-import http.client
 import pathlib
-import urllib.request
 import zlib
 
 import numpy as np
 
+from awm_jax.data import download
 from awm_jax.data.dataset import Arrays
 
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+# md5 of the official files.
 MNIST_FILES = {
-    "train_images": "train-images-idx3-ubyte.gz", "train_labels": "train-labels-idx1-ubyte.gz",
-    "test_images": "t10k-images-idx3-ubyte.gz", "test_labels": "t10k-labels-idx1-ubyte.gz",
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
 
@@ -72,18 +74,19 @@ def mnist(folder: pathlib.Path, cache: pathlib.Path) -> Arrays:
       OSError: a file is damaged.
     """
     del cache
-    out = {}
-    for field, name in MNIST_FILES.items():
-        if not (folder / name).exists():
-            _download(name, folder)
-        out[field] = _idx(folder / name, field.endswith("images"))
-    for split in ("train", "test"):
-        if len(out[f"{split}_images"]) != len(out[f"{split}_labels"]):
-            raise OSError(f"Expected as many {split} images as labels in {folder}.")
-        images = np.pad(out[f"{split}_images"], ((0, 0), (2, 2), (2, 2)))
-        out[f"{split}_images"] = np.repeat(images[..., None], 3, axis=-1)
-    return (out["train_images"], out["train_labels"].astype(np.int32),
-            out["test_images"], out["test_labels"].astype(np.int32))
+    download.fetch_missing(MNIST_URL, MNIST_FILES, folder)
+    return (*_mnist_split(folder, "train"), *_mnist_split(folder, "t10k"))
+
+
+def _mnist_split(folder: pathlib.Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[n, 32, 32, 3]`` and labels of one split."""
+    images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", images=True)
+    labels = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", images=False)
+    if len(images) != len(labels):
+        raise OSError(f"Expected as many {prefix} images as labels in {folder}, found "
+                      f"{len(images)} and {len(labels)}.")
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return np.repeat(images[..., None], 3, axis=-1), labels.astype(np.int32)
 
 
 def _idx(path: pathlib.Path, images: bool) -> np.ndarray:
@@ -98,20 +101,4 @@ def _idx(path: pathlib.Path, images: bool) -> np.ndarray:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise OSError(
             f"{path} is no whole MNIST file ({error}). Delete it and get it anew from {MNIST_URL}."
-        ) from error
-
-
-def _download(name: str, folder: pathlib.Path) -> None:
-    """Fetches one file to a temporary name and renames it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(MNIST_URL + name, timeout=10) as reply:
-            temporary = folder / f"{name}.part"
-            temporary.write_bytes(reply.read())
-        temporary.replace(folder / name)
-    except (http.client.HTTPException, OSError) as error:
-        raise FileNotFoundError(
-            f"Expected {name} in {folder}; it is not there and could not be downloaded ({error}). "
-            f"Download the four MNIST files from {MNIST_URL} into {folder}, or name the directory "
-            "that holds them with --data_dir or AWM_DATA_DIR."
         ) from error

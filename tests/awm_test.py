@@ -11,6 +11,7 @@ import pytest
 import awm_jax
 from awm_jax import losses, masks, models, projections
 from awm_jax.defences import awm, awm_steps
+from awm_jax.defences.survey import log_odds
 from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
@@ -120,7 +121,8 @@ def test_jit_is_eager(variant, small_params, small_batch):
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
     state = awm_steps.init(small_params, settings)
     fled = awm_steps._fled(small_params, state.masks, images, labels, settings)
-    problem = awm_steps._problem(small_params, images, labels, fled, state.triggers + 0.1, settings)
+    problem = awm_steps._problem(small_params, images, labels, fled, state.triggers + 0.1,
+                                 jnp.array(2), settings)
     outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
     delta = problem.start(key, index, outer)
     eager = problem.settle(index, problem.ascend(key, index, delta, outer))
@@ -376,3 +378,49 @@ def test_what_the_trigger_flees_is_the_masked_networks_own_answer(small_params, 
     assert awm_steps._fled(small_params, m, x, y, settings) is y
     settings = _config("distilled").resolve(len(x), small_params.arch.image_shape)
     assert awm_steps._fled(small_params, m, x, y, settings) is None
+
+
+def test_every_second_trigger_pursues_the_suspect(small_params, small_batch):
+    """It raises that class's log-odds, and its L1 norm may be four times the others'."""
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings = dataclasses.replace(_config("distilled", inner_lr=0.5).resolve(6, (8, 8, 3)),
+                                   taus=(0.5,))
+    state = awm_steps.init(small_params, settings)
+    outer = (state.masks, state.opt_state)
+
+    def trigger(suspect, epoch):
+        problem = awm_steps._problem(small_params, images, labels, None, state.triggers,
+                                     jnp.array(suspect), settings)
+        delta = problem.start(None, epoch, outer)
+        for key in jax.random.split(jax.random.key(1), 8):
+            delta = problem.ascend(key, epoch, delta, outer)
+        return delta
+
+    def odds(delta, target):
+        logits = models.apply(small_params, jnp.clip(images + delta[None], 0, 1))
+        return float(log_odds(logits, jnp.array(target)))
+
+    pursued = {k: trigger(k, 1) for k in (0, 2)}
+    for target, delta in pursued.items():
+        assert odds(delta, target) > odds(jnp.zeros_like(delta), target)
+        assert 0.5 * 1.01 < float(jnp.abs(delta).sum()) <= 4 * 0.5 * (1 + 1e-5)
+    assert np.abs(pursued[0] - pursued[2]).max() > 0
+    for suspect, epoch in ((2, 0), (-1, 1)):  # its turn has not come; there was no survey
+        assert 0 < float(jnp.abs(trigger(suspect, epoch)).sum()) <= 0.5 * (1 + 1e-5)
+
+
+def test_gradient_towards_a_class_equals_finite_differences(x64, small_params, small_batch):
+    params = dataclasses.replace(small_params, weights=_as64(small_params.weights),
+                                 batch_stats=_as64(small_params.batch_stats))
+    x = jnp.asarray(small_batch.images, jnp.float64)
+    rng = np.random.default_rng(2)
+    delta, along = (jnp.asarray(0.01 * rng.normal(size=(8, 8, 3))) for _ in range(2))
+    m = masks.init(params.weights)
+
+    def value(d):
+        return log_odds(models.apply(params, x + d[None], masks=m), 3)
+
+    slope = (value(delta + 1e-5 * along) - value(delta - 1e-5 * along)) / 2e-5
+    gradient = awm_steps.trigger_gradient(params, m, delta, x, jnp.zeros(len(x), jnp.int32),
+                                          clamp=False, towards=(jnp.array(True), jnp.array(3)))
+    np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-5)

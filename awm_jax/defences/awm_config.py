@@ -33,6 +33,8 @@ class Settings:
       monotone: masks only fall, step by step.
       survey_steps: trigger steps of the survey in all (at least 10 a class); 0 for none.
       suspects: how many of the survey's most damaging triggers are replayed.
+      pursuit: every second trigger goes for the survey's most damaging class, within this many
+        times tau; 0 for none.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
     """
 
@@ -59,12 +61,13 @@ class Settings:
     monotone: bool
     survey_steps: int
     suspects: int
+    pursuit: float
     copies: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "monotone": False, "survey_steps": 0, "suspects": 0}
+           "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0}
 
 # What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
 VARIANTS: dict[str, dict] = {
@@ -73,7 +76,7 @@ VARIANTS: dict[str, dict] = {
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75,
-        "monotone": True, "survey_steps": 400, "suspects": 4,
+        "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
     },
     "paper": {
         **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -96,7 +99,8 @@ class AWMConfig:
       images with and without the trigger, the outputs that the suspect network gives without it.
       The trigger is found by normalised steps, each followed by projection onto the L1 ball, so it
       is sparse. A survey comes first: one trigger towards every class, of which the four that drive
-      the network farthest are among the triggers from the start. Two rules keep erased what was
+      the network farthest are among the triggers from the start; every second epoch searches for
+      the worst of these classes again, within four times the bound. Two rules keep erased what was
       erased: three quarters of the images in a mask step carry an earlier trigger, and masks never
       rise. 16 epochs; half of them in, Adam's rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
@@ -188,6 +192,7 @@ class AWMConfig:
             values["taus"] = _as_tuple(self.tau)
         if not values["replay"]:  # what the survey finds is used by replaying it
             values["survey_steps"] = values["suspects"] = 0
+            values["pursuit"] = 0.0
         height, width, _ = image_shape
         values["taus"] = tuple(tau * height * width / 1024 for tau in values["taus"])
         total = num_images * (1 + self.copies)

@@ -10,7 +10,7 @@ from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.survey import Survey, survey
+from awm_jax.defences.survey import Survey, log_odds, survey
 from awm_jax.types import Masks, Params
 
 
@@ -24,6 +24,7 @@ class AWMState(NamedTuple):
       finite: False once a non-finite value was met; from then on nothing changes.
       triggers: ``[epochs + suspects, H, W, C]`` the trigger of every epoch done, zeros after them,
         and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
+      suspect: the class with most damage in the survey, -1 without one.
     """
 
     masks: Masks
@@ -31,6 +32,7 @@ class AWMState(NamedTuple):
     epoch: jax.Array
     finite: jax.Array
     triggers: jax.Array
+    suspect: jax.Array
 
 
 class AWMInfo(NamedTuple):
@@ -54,7 +56,8 @@ class AWMInfo(NamedTuple):
 
 
 def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
-                     labels: jax.Array, *, clamp: bool) -> jax.Array:
+                     labels: jax.Array, *, clamp: bool,
+                     towards: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
     """``d/d delta  mean CE(f(x + delta; m * w), y)``, ``[H, W, C]``.
 
     Args:
@@ -64,11 +67,16 @@ def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax
       images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]`` what the trigger moves predictions away from.
       clamp: clip ``x + delta`` to [0, 1].
+      towards: ``(whether, class)``, scalars: if true, the gradient of that class's log-odds
+        instead.
     """
 
     def loss(delta):
-        return losses.cross_entropy(
-            models.apply(params, _add(images, delta, clamp), masks=masks), labels)
+        logits = models.apply(params, _add(images, delta, clamp), masks=masks)
+        away = losses.cross_entropy(logits, labels)
+        if towards is None:
+            return away
+        return jnp.where(towards[0], log_odds(logits, towards[1]), away)
 
     return jax.grad(loss)(delta)
 
@@ -157,41 +165,48 @@ def _fled(params: Params, masks: Masks, images: jax.Array, labels: jax.Array,
 
 
 def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Array | None,
-             triggers: jax.Array, settings: Settings) -> bilevel.Problem:
+             triggers: jax.Array, suspect: jax.Array, settings: Settings) -> bilevel.Problem:
     """Algorithm 1 as the four functions that `bilevel.epoch` drives.
 
     ``fled`` is what `_fled` gives. ``triggers`` are those of earlier epochs: masks that only answer
     the newest one let go of what they had erased before, as soon as the search finds something
     else.
+
+    With ``pursuit``, every second trigger goes for the survey's suspect: masks that erase one way
+    into its class can open another, and a search away from the network's answers does not look
+    there. Its bound is larger, as published triggers are (a watermark's L1 norm is near 200).
     """
     taus = jnp.asarray(settings.taus, jnp.float32)
     optimiser = _optimiser(settings)
 
+    def pursues(epoch):
+        return (epoch % 2 == 1) & (suspect >= 0)
+
+    def bound(epoch):
+        tau = taus[epoch % len(taus)]
+        return jnp.where(pursues(epoch), settings.pursuit * tau, tau) if settings.pursuit else tau
+
     def start(key, epoch, outer):
-        del key, outer
-        zero = jnp.zeros(images.shape[1:], images.dtype)
-        surveyed = len(triggers) - settings.epochs if settings.replay else 0
-        if not surveyed:
-            return zero
-        # By turns from nothing and from a surveyed trigger, to see if its backdoor has come back.
-        return jnp.where(epoch % 2 == 1, triggers[settings.epochs + epoch // 2 % surveyed], zero)
+        del key, epoch, outer
+        return jnp.zeros(images.shape[1:], images.dtype)
 
     def ascend(key, epoch, delta, outer):
         x, y = _minibatch(key, images, labels if fled is None else fled, settings)
         masks, _ = outer
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
-        gradient = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner)
+        towards = (pursues(epoch), suspect) if settings.pursuit else None
+        gradient = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner,
+                                    towards=towards)
         if settings.normalised:
             gradient = projections.unit(gradient)
         delta = delta + settings.inner_lr * gradient
         if settings.sparse:
-            delta = jnp.clip(projections.l1_ball(delta, taus[epoch % len(taus)]), -1.0, 1.0)
+            delta = jnp.clip(projections.l1_ball(delta, bound(epoch)), -1.0, 1.0)
         return delta
 
     def settle(epoch, delta):
-        return delta if settings.sparse else projections.scale_to_l1(
-            delta, taus[epoch % len(taus)])
+        return delta if settings.sparse else projections.scale_to_l1(delta, bound(epoch))
 
     def descend(key, epoch, delta, outer):
         masks, opt_state = outer
@@ -236,12 +251,12 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     """
     masks = masking.init(params.weights, settings.layers)
     kept = settings.epochs if settings.replay else 1
-    triggers = jnp.zeros((kept, *params.arch.image_shape))
+    triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
     if found is not None:
         worst = jnp.argsort(-found.damage)[:settings.suspects]
-        triggers = jnp.concatenate([triggers, found.triggers[worst]])
+        triggers, suspect = jnp.concatenate([triggers, found.triggers[worst]]), worst[0]
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
-                    jnp.array(True), triggers)
+                    jnp.array(True), triggers, suspect)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -263,7 +278,7 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     """
     fled = _fled(params, state.masks, images, labels, settings)
     (masks, opt_state), trigger, info = bilevel.epoch(
-        _problem(params, images, labels, fled, state.triggers, settings),
+        _problem(params, images, labels, fled, state.triggers, state.suspect, settings),
         jax.random.fold_in(key, state.epoch), state.epoch,
         (state.masks, state.opt_state), inner_steps=settings.inner_steps,
         outer_steps=settings.outer_steps)
@@ -272,7 +287,7 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     finite = state.finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
     slot = state.epoch if settings.replay else 0
     triggers = state.triggers.at[slot].set(trigger)
-    new = AWMState(masks, opt_state, state.epoch, finite, triggers)
+    new = AWMState(masks, opt_state, state.epoch, finite, triggers, state.suspect)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new._replace(epoch=state.epoch + 1, finite=finite), info
 

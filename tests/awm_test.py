@@ -11,7 +11,7 @@ import pytest
 import awm_jax
 from awm_jax import losses, masks, models, projections
 from awm_jax.defences import awm, awm_steps
-from awm_jax.defences.survey import log_odds
+from awm_jax.defences.survey import Survey, log_odds
 from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
@@ -400,13 +400,32 @@ def test_every_second_trigger_pursues_the_suspect(small_params, small_batch):
         logits = models.apply(small_params, jnp.clip(images + delta[None], 0, 1))
         return float(log_odds(logits, jnp.array(target)))
 
-    pursued = {k: trigger(k, 1) for k in (0, 2)}
+    pursued = {k: trigger(k, 3) for k in (0, 2)}
     for target, delta in pursued.items():
         assert odds(delta, target) > odds(jnp.zeros_like(delta), target)
         assert 0.5 * 1.01 < float(jnp.abs(delta).sum()) <= 4 * 0.5 * (1 + 1e-5)
     assert np.abs(pursued[0] - pursued[2]).max() > 0
-    for suspect, epoch in ((2, 0), (-1, 1)):  # its turn has not come; there was no survey
+    # Its turn has not come, the survey's own trigger is gone on from, there was no survey.
+    for suspect, epoch in ((2, 0), (2, 1), (-1, 3)):
         assert 0 < float(jnp.abs(trigger(suspect, epoch)).sum()) <= 0.5 * (1 + 1e-5)
+
+
+def test_second_epoch_starts_from_the_worst_surveyed_trigger(small_params, small_batch):
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings = _config("distilled").resolve(6, (8, 8, 3))
+    rng = np.random.default_rng(0)
+    found = Survey(jnp.asarray(rng.normal(size=(4, 8, 8, 3)), jnp.float32),
+                   jnp.array([1.0, 2.0, 9.0, 3.0]))
+
+    def start(found, epoch):
+        state = awm_steps.init(small_params, settings, found)
+        problem = awm_steps._problem(small_params, images, labels, None, state.triggers,
+                                     state.suspect, settings)
+        return np.asarray(problem.start(jax.random.key(0), jnp.array(epoch), None))
+
+    np.testing.assert_array_equal(start(found, 1), found.triggers[2])
+    for arguments in ((found, 0), (found, 2), (found, 3), (None, 1)):
+        np.testing.assert_array_equal(start(*arguments), 0.0)
 
 
 def test_gradient_towards_a_class_equals_finite_differences(x64, small_params, small_batch):

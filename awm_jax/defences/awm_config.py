@@ -32,9 +32,11 @@ class Settings:
       replay: share of the images in a mask step that get an earlier epoch's trigger, in [0, 1].
       monotone: masks only fall, step by step.
       survey_steps: trigger steps of the survey in all (at least 10 a class); 0 for none.
-      suspects: how many of the survey's most damaging triggers are replayed.
+      suspects: how many of the survey's most damaging triggers are replayed; the worst also starts
+        the second epoch's search.
       pursuit: every second trigger goes for the survey's most damaging class, within this many
         times tau; 0 for none.
+      pursuit_start: the first epoch, counted from 0, that may do so.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
     """
 
@@ -62,12 +64,14 @@ class Settings:
     survey_steps: int
     suspects: int
     pursuit: float
+    pursuit_start: int
     copies: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0}
+           "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0,
+           "pursuit_start": 0}
 
 # What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
 VARIANTS: dict[str, dict] = {
@@ -77,6 +81,7 @@ VARIANTS: dict[str, dict] = {
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
+        "pursuit_start": 3,
     },
     "paper": {
         **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,

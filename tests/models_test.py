@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from awm_jax import masks, models
-from awm_jax.models import ops
+from awm_jax.models import ops, winograd
 from awm_jax.types import Arch
 
 
@@ -35,6 +35,59 @@ def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, c
     np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     for a, b in zip(ours_vjp(dy), theirs_vjp(dy), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
+
+
+# Sides of a result that differ, pads of each size and unequal ones, more channels in or out.
+@pytest.mark.parametrize("shape, pads, c_in, c_out", [
+    ((8, 8), ((1, 1), (1, 1)), 16, 18), ((6, 12), ((1, 1), (1, 1)), 18, 16),
+    ((10, 8), ((0, 0), (0, 0)), 16, 16), ((8, 10), ((2, 2), (2, 2)), 16, 16),
+    ((7, 8), ((1, 2), (0, 2)), 16, 16),
+])
+def test_winograd_and_both_gradients_equal_the_native_ones(x64, shape, pads, c_in, c_out):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, *shape, c_in), jnp.float64)
+    k = jax.random.normal(keys[1], (3, 3, c_in, c_out), jnp.float64)
+    assert winograd.applies(x.shape, k.shape, (1, 1), pads)
+    theirs, theirs_vjp = jax.vjp(lambda x, k: _native(x, k, (1, 1), pads), x, k)
+    dy = jax.random.normal(keys[2], theirs.shape, jnp.float64)
+    np.testing.assert_allclose(winograd.conv(x, k, pads), theirs, rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(winograd.kernel_grad(x, dy, pads), theirs_vjp(dy)[1],
+                               rtol=1e-10, atol=1e-9)
+    ours, ours_vjp = jax.vjp(lambda x, k: ops.conv(x, k, (1, 1), pads), x, k)
+    np.testing.assert_array_equal(ours, jax.jit(winograd.conv, static_argnums=2)(x, k, pads))
+    for a, b in zip(ours_vjp(dy), theirs_vjp(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
+
+
+def test_winograd_by_hand():
+    """A square of 1 to 16 under a kernel that takes the middle and a third of the left."""
+    x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    k = jnp.zeros((3, 3)).at[1, 1].set(1.0).at[1, 0].set(3.0).reshape(3, 3, 1, 1)
+    y = winograd.conv(x, k, ((0, 0), (0, 0)))
+    np.testing.assert_allclose(y[0, :, :, 0], [[6 + 3 * 5, 7 + 3 * 6], [10 + 3 * 9, 11 + 3 * 10]])
+
+
+def test_winograd_in_float32_is_near_float64(x64):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (4, 8, 8, 128))
+    k = jax.random.normal(keys[1], (3, 3, 128, 64))
+    pads = ((1, 1), (1, 1))
+    narrow = winograd.conv(x.astype(jnp.float32), k.astype(jnp.float32), pads)
+    assert narrow.dtype == jnp.float32
+    wide = _native(x.astype(jnp.float32).astype(jnp.float64),
+                   k.astype(jnp.float32).astype(jnp.float64), (1, 1), pads)
+    np.testing.assert_allclose(narrow, wide, rtol=0, atol=3e-6 * float(abs(wide).max()))
+
+
+@pytest.mark.parametrize("x, k, strides, pads", [
+    ((2, 8, 8, 3), (3, 3, 3, 32), (1, 1), (1, 1)),       # too few channels
+    ((2, 8, 8, 16), (3, 3, 16, 16), (2, 2), (1, 1)),     # a stride
+    ((2, 8, 8, 16), (5, 5, 16, 16), (1, 1), (2, 2)),     # another kernel
+    ((2, 9, 8, 16), (3, 3, 16, 16), (1, 1), (1, 1)),     # an odd side
+    ((2, 4, 4, 512), (3, 3, 512, 512), (1, 1), (1, 1)),  # fewer squares than channels
+])
+def test_winograd_leaves_the_rest_alone(x, k, strides, pads):
+    assert not winograd.applies(x, k, strides, (pads, pads))
 
 
 def test_flax_conv_refuses_groups():

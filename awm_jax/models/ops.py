@@ -4,10 +4,11 @@ XLA:CPU runs a convolution inside a loop body 30 to 50 times slower than outside
 convolution is shifted slices and one matrix product; on an accelerator it is the native operation.
 `jax.lax.platform_dependent` chooses while lowering, so one trace serves both.
 
-Two layouts of that product. *im2col* copies the image nine times (for a 3x3 kernel), then
+Three forms of that product. *im2col* copies the image nine times (for a 3x3 kernel), then
 multiplies by ``[9I, O]``. *Rows* copies it three times, side by side, multiplies by ``[3I, 3O]``
 and adds the three results, shifted down: a third of the copies, so it wins where images are large
-and memory traffic, not arithmetic, is what takes the time.
+and memory traffic, not arithmetic, is what takes the time. *Winograd* (`awm_jax.models.winograd`)
+does 16 multiplications of 36; it wins wherever it applies, which is in most layers.
 """
 
 import functools
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from awm_jax.models import winograd
+
 _DIMS = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # Pixels from which `rows` beats im2col: measured layer by layer on 2 cores of a Zen 3, batch 32.
 _ROWS_FROM = 256
-_ROWS_GRAD_FROM = 1024
 
 
 def _columns(x: jax.Array, kh: int, kw: int, strides: tuple[int, int], pads: Pads) -> jax.Array:
@@ -38,8 +40,10 @@ def _columns(x: jax.Array, kh: int, kw: int, strides: tuple[int, int], pads: Pad
 
 
 def _product_conv(x, kernel, strides, pads):
-    """Convolution as one matrix product, in the layout that moves less memory."""
+    """Convolution as matrix products, in the fastest form."""
     kh, kw, c_in, c_out = kernel.shape
+    if winograd.applies(x.shape, kernel.shape, strides, pads):
+        return winograd.conv(x, kernel, pads)
     if strides == (1, 1) and kh > 1 and x.shape[1] * x.shape[2] >= _ROWS_FROM:
         return _rows_conv(x, kernel, pads)
     columns = _columns(x, kh, kw, strides, pads)
@@ -99,19 +103,10 @@ def _conv_fwd(x, kernel, strides, pads):
 def _product_kernel_grad(x, kernel, dy, strides, pads):
     """d loss / d kernel: the columns, transposed, times the output's gradient."""
     kh, kw, c_in, c_out = kernel.shape
-    if strides == (1, 1) and kh > 1 and c_in >= 16 and x.shape[1] * x.shape[2] >= _ROWS_GRAD_FROM:
-        return _rows_kernel_grad(x, kernel, dy, pads)
+    if winograd.applies(x.shape, kernel.shape, strides, pads):
+        return winograd.kernel_grad(x, dy, pads)
     columns = _columns(x, kh, kw, strides, pads)
     return (columns.reshape(-1, kh * kw * c_in).T @ dy.reshape(-1, c_out)).reshape(kernel.shape)
-
-
-def _rows_kernel_grad(x, kernel, dy, pads):
-    """The transpose of `_rows_conv` in its kernel."""
-    kh, kw, c_in, c_out = kernel.shape
-    shifted = [jnp.pad(dy, ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0))) for i in range(kh)]
-    beside = jnp.concatenate(shifted, axis=-1).reshape(-1, kh * c_out)
-    gradient = _padded_rows(x, kw, pads).reshape(-1, kw * c_in).T @ beside
-    return gradient.reshape(kw, c_in, kh, c_out).transpose(2, 0, 1, 3)
 
 
 def _product_input_grad(x, kernel, dy, strides, pads):

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_KERNEL = np.kron(_G, _G)  # [16, 9]; as one product it compiles in a tenth of the time of 16 sums
 
 # Below this many channels the transforms cost more than the products save.
 _CHANNELS_FROM = 16
@@ -32,16 +36,6 @@ def applies(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: tuple[
 def _image_rows(d):
     """``B' d``: four values to four."""
     return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]
-
-
-def _kernel_rows(k):
-    """``G k``: three values to four."""
-    return k[0], (k[0] + k[1] + k[2]) / 2, (k[0] - k[1] + k[2]) / 2, k[2]
-
-
-def _kernel_rows_transposed(u):
-    """``G' u``: four values to three."""
-    return u[0] + (u[1] + u[2]) / 2, (u[1] - u[2]) / 2, (u[1] + u[2]) / 2 + u[3]
 
 
 def _result_rows(m):
@@ -79,16 +73,17 @@ def conv(x: jax.Array, kernel: jax.Array,
       >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), ((1, 1), (1, 1)))[0, 1, 1, 0].item()
       27.0
     """
-    transformed = [u for row in _kernel_rows(kernel)
-                   for u in _kernel_rows([row[j] for j in range(3)])]
+    _, _, c_in, c_out = kernel.shape
+    transformed = _KERNEL.astype(kernel.dtype) @ kernel.reshape(9, c_in * c_out)
+    transformed = transformed.reshape(16, c_in, c_out)
     products = [v @ u for v, u in zip(_squares(x, pads), transformed, strict=True)]
     across = [_result_rows(products[4 * i : 4 * i + 4]) for i in range(4)]
     pixels = [[_result_rows([row[j] for row in across])[i] for j in range(2)] for i in range(2)]
     batch, height, width = len(x), x.shape[1] + sum(pads[0]) - 2, x.shape[2] + sum(pads[1]) - 2
-    squares = (batch, height // 2, width // 2, kernel.shape[3])
+    squares = (batch, height // 2, width // 2, c_out)
     result = jnp.stack([jnp.stack([p.reshape(squares) for p in row], axis=3) for row in pixels],
                        axis=2)
-    return result.reshape(batch, height, width, kernel.shape[3])
+    return result.reshape(batch, height, width, c_out)
 
 
 def kernel_grad(x: jax.Array, dy: jax.Array,
@@ -104,11 +99,10 @@ def kernel_grad(x: jax.Array, dy: jax.Array,
       >>> kernel_grad(jnp.ones((1, 4, 4, 3)), jnp.ones((1, 4, 4, 8)), ((1, 1), (1, 1))).shape
       (3, 3, 3, 8)
     """
-    c_out = dy.shape[3]
+    c_in, c_out = x.shape[3], dy.shape[3]
     down = [_result_rows_transposed([dy[:, i::2, j::2] for i in range(2)]) for j in range(2)]
     spread = [z.reshape(-1, c_out) for i in range(4)
               for z in _result_rows_transposed([column[i] for column in down])]
-    products = [v.T @ z for v, z in zip(_squares(x, pads), spread, strict=True)]
-    across = [_kernel_rows_transposed(products[4 * i : 4 * i + 4]) for i in range(4)]
-    columns = [_kernel_rows_transposed([row[j] for row in across]) for j in range(3)]
-    return jnp.stack([jnp.stack(column) for column in columns], axis=1)
+    products = jnp.stack([v.T @ z for v, z in zip(_squares(x, pads), spread, strict=True)])
+    gradient = _KERNEL.T.astype(dy.dtype) @ products.reshape(16, c_in * c_out)
+    return gradient.reshape(3, 3, c_in, c_out)

@@ -74,7 +74,7 @@ def conv(x: jax.Array, kernel: jax.Array,
       27.0
     """
     _, _, c_in, c_out = kernel.shape
-    transformed = _KERNEL.astype(kernel.dtype) @ kernel.reshape(9, c_in * c_out)
+    transformed = jnp.asarray(_KERNEL, kernel.dtype) @ kernel.reshape(9, c_in * c_out)
     transformed = transformed.reshape(16, c_in, c_out)
     products = [v @ u for v, u in zip(_squares(x, pads), transformed, strict=True)]
     across = [_result_rows(products[4 * i : 4 * i + 4]) for i in range(4)]
@@ -104,5 +104,5 @@ def kernel_grad(x: jax.Array, dy: jax.Array,
     spread = [z.reshape(-1, c_out) for i in range(4)
               for z in _result_rows_transposed([column[i] for column in down])]
     products = jnp.stack([v.T @ z for v, z in zip(_squares(x, pads), spread, strict=True)])
-    gradient = _KERNEL.T.astype(dy.dtype) @ products.reshape(16, c_in * c_out)
+    gradient = jnp.asarray(_KERNEL.T, dy.dtype) @ products.reshape(16, c_in * c_out)
     return gradient.reshape(3, 3, c_in, c_out)

@@ -84,7 +84,7 @@ def test_winograd_in_float32_is_near_float64(x64):
     ((2, 8, 8, 16), (3, 3, 16, 16), (2, 2), (1, 1)),     # a stride
     ((2, 8, 8, 16), (5, 5, 16, 16), (1, 1), (2, 2)),     # another kernel
     ((2, 9, 8, 16), (3, 3, 16, 16), (1, 1), (1, 1)),     # an odd side
-    ((2, 4, 4, 512), (3, 3, 512, 512), (1, 1), (1, 1)),  # fewer squares than channels
+    ((2, 4, 4, 512), (3, 3, 512, 512), (1, 1), (1, 1)),  # 8 squares
 ])
 def test_winograd_leaves_the_rest_alone(x, k, strides, pads):
     assert not winograd.applies(x, k, strides, (pads, pads))

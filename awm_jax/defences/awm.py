@@ -69,10 +69,9 @@ _jit_look = jax.jit(awm_steps.look, static_argnames="settings")
 
 
 @jax.jit
-def _agreement(params: Params, masks: Masks, images: jax.Array) -> jax.Array:
-    """Share of images that both networks put into the same class."""
-    purified = models.apply(params, images, masks=masks).argmax(axis=1)
-    return (purified == models.apply(params, images).argmax(axis=1)).mean()
+def _answers(params: Params, images: jax.Array) -> jax.Array:
+    """The class of each image; one program for both networks."""
+    return models.apply(params, images).argmax(axis=1)
 
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
@@ -132,14 +131,15 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
             latest = {k: float(v[-1]) for k, v in infos[-1]._asdict().items()}
             on_epochs(done, settings.epochs, state, latest)
     history = {name: np.concatenate([getattr(i, name) for i in infos]) for name in AWMInfo._fields}
-    status = _status(state, history, float(_agreement(params, state.masks, given)))
+    purified = with_masks(params, state.masks)
+    agreement = float((_answers(purified, given) == _answers(params, given)).mean())
+    status = _status(state, history, agreement)
     if found is None:
         trigger = state.triggers[settings.epochs - 1 if settings.replay else 0]
     else:
         found = jax.device_get(found)
         trigger = found.triggers[found.damage.argmax()]
-    return Purified(with_masks(params, state.masks), state.masks, status, history,
-                    np.asarray(trigger), found)
+    return Purified(purified, state.masks, status, history, np.asarray(trigger), found)
 
 
 def with_masks(params: Params, masks: Masks) -> Params:

@@ -45,7 +45,7 @@ def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, c
 ])
 def test_winograd_and_both_gradients_equal_the_native_ones(x64, shape, pads, c_in, c_out):
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (3, *shape, c_in), jnp.float64)
+    x = jax.random.normal(keys[0], (24, *shape, c_in), jnp.float64)
     k = jax.random.normal(keys[1], (3, 3, c_in, c_out), jnp.float64)
     assert winograd.applies(x.shape, k.shape, (1, 1), pads)
     theirs, theirs_vjp = jax.vjp(lambda x, k: _native(x, k, (1, 1), pads), x, k)
@@ -80,11 +80,11 @@ def test_winograd_in_float32_is_near_float64(x64):
 
 
 @pytest.mark.parametrize("x, k, strides, pads", [
-    ((2, 8, 8, 3), (3, 3, 3, 32), (1, 1), (1, 1)),       # too few channels
-    ((2, 8, 8, 16), (3, 3, 16, 16), (2, 2), (1, 1)),     # a stride
-    ((2, 8, 8, 16), (5, 5, 16, 16), (1, 1), (2, 2)),     # another kernel
-    ((2, 9, 8, 16), (3, 3, 16, 16), (1, 1), (1, 1)),     # an odd side
-    ((2, 4, 4, 512), (3, 3, 512, 512), (1, 1), (1, 1)),  # 8 squares
+    ((32, 8, 8, 3), (3, 3, 3, 32), (1, 1), (1, 1)),      # too few channels
+    ((64, 8, 8, 16), (3, 3, 16, 16), (2, 2), (1, 1)),    # a stride
+    ((32, 8, 8, 16), (5, 5, 16, 16), (1, 1), (2, 2)),    # another kernel
+    ((32, 9, 8, 16), (3, 3, 16, 16), (1, 1), (1, 1)),    # an odd side
+    ((16, 4, 4, 512), (3, 3, 512, 512), (1, 1), (1, 1)),  # too few squares
 ])
 def test_winograd_leaves_the_rest_alone(x, k, strides, pads):
     assert not winograd.applies(x, k, strides, (pads, pads))

@@ -15,11 +15,11 @@ import numpy as np
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _KERNEL = np.kron(_G, _G)  # [16, 9]; as one product it compiles in a tenth of the time of 16 sums
 
-# Where it breaks even with the other forms, by CPU time on a Zen 3: 32x32 pixels of 16 channels
-# (2.1 ms each), and 64 squares of 512 channels (25 ms against 28), where the transform of the
-# kernel outweighs the products. In between it takes half to two thirds of their time.
+# By CPU time on a Zen 3 it breaks even with the other forms at 16 channels (32x32 pixels, 2.1 ms
+# each) and takes half to two thirds of their time with more; but it is three times as much to
+# compile, which small work never earns back: 64 squares of 512 channels take 25 ms against 28.
 _CHANNELS_FROM = 16
-_CHANNELS_A_SQUARE = 8
+_SQUARES_FROM = 256
 
 
 def applies(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: tuple[int, int],
@@ -28,10 +28,9 @@ def applies(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: tuple[
     batch, height, width, c_in = x_shape
     kh, kw, _, c_out = kernel_shape
     out = height + sum(pads[0]) - 2, width + sum(pads[1]) - 2
-    squares = batch * out[0] * out[1] // 4
     return ((kh, kw) == (3, 3) and strides == (1, 1) and out[0] % 2 == out[1] % 2 == 0
             and min(c_in, c_out) >= _CHANNELS_FROM
-            and max(c_in, c_out) <= _CHANNELS_A_SQUARE * squares)
+            and batch * out[0] * out[1] // 4 >= _SQUARES_FROM)
 
 
 def _image_rows(d):

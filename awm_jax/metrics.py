@@ -50,8 +50,9 @@ def predict(params: Params, images: np.ndarray | jax.Array, *,
 
     Example:
       >>> from awm_jax.types import Arch
-      >>> params = models.create(jax.random.key(0), Arch(name='small_vgg', num_classes=4))
-      >>> predict(params, np.zeros((3, 32, 32, 3), np.uint8)).shape
+      >>> arch = Arch(name='small_vgg', num_classes=4, image_shape=(8, 8, 3))
+      >>> params = models.create(jax.random.key(0), arch)
+      >>> predict(params, np.zeros((3, 8, 8, 3), np.uint8), batch_size=4).shape
       (3,)
     """
     out = []

@@ -159,9 +159,9 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
       FloatingPointError: the loss became NaN or infinite.
 
     Example:
-      >>> x, y = np.zeros((8, 32, 32, 3), np.uint8), np.zeros(8, np.int32)
-      >>> config = TrainConfig(epochs=1, batch_size=8)
-      >>> params = train(jax.random.key(0), x, y, Arch(name='small_vgg', num_classes=2), config)
+      >>> x, y = np.zeros((8, 8, 8, 3), np.uint8), np.zeros(8, np.int32)
+      >>> arch = Arch(name='small_vgg', num_classes=2, image_shape=(8, 8, 3))
+      >>> params = train(jax.random.key(0), x, y, arch, TrainConfig(epochs=1, batch_size=8))
       >>> params.arch.name
       'small_vgg'
     """

@@ -104,8 +104,9 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
 
     Example:
       >>> from awm_jax.types import Arch
-      >>> params = models.create(jax.random.key(0), Arch(name='small_vgg', num_classes=2))
-      >>> batch = Batch(jnp.full((2, 32, 32, 3), .5), jnp.array([0, 1]))
+      >>> arch = Arch(name='small_vgg', num_classes=2, image_shape=(8, 8, 3))
+      >>> params = models.create(jax.random.key(0), arch)
+      >>> batch = Batch(jnp.full((2, 8, 8, 3), .5), jnp.array([0, 1]))
       >>> config = AWMConfig(epochs=1, inner_steps=1, outer_steps=1, batch_size=2)
       >>> purify(params, batch, config=config).status.name in Status.__members__
       True

@@ -36,7 +36,7 @@ def _predict(params: Params, images: jax.Array) -> jax.Array:
 
 def predict(params: Params, images: np.ndarray | jax.Array, *,
             transform: Callable[[jax.Array], jax.Array] | None = None,
-            batch_size: int = 500) -> np.ndarray:
+            batch_size: int = 250) -> np.ndarray:
     """Most likely class of each image.
 
     Args:
@@ -136,7 +136,7 @@ def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: n
 
 def evaluate(params: Params, images: np.ndarray, labels: np.ndarray, *,
              trigger: Callable[[jax.Array], jax.Array], relabel: Callable[..., np.ndarray],
-             batch_size: int = 500) -> Scores:
+             batch_size: int = 250) -> Scores:
     """ACC, both ASRs and the accuracy on triggered images of one network.
 
     Args:

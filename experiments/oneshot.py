@@ -22,6 +22,7 @@ from awm_jax.attacks import Attack
 from awm_jax.data import Dataset, splits
 from awm_jax.defences import awm
 from awm_jax.defences.awm_config import VARIANTS
+from awm_jax.defences.survey import Survey
 from awm_jax.report import figures, pictures
 from awm_jax.types import Arch, Batch, Params
 from experiments import networks, results
@@ -141,8 +142,16 @@ def _purify(scene: Scene, variant: str, seed: int, args, folder: pathlib.Path) -
         "after": scene.evaluate(found.params)._asdict(),
         "seconds": seconds, "target": scene.attack.target, "clean_indices": chosen,
         "settings": dataclasses.asdict(settings), "history": found.history, "curve": curve,
-        "damage": None if found.survey is None else found.survey.damage,
+        **_surveyed(found.survey),
     }
+
+
+def _surveyed(survey: Survey | None) -> dict:
+    """What the survey says, without its triggers."""
+    if survey is None:
+        return {"damage": None}
+    return {"damage": survey.damage, "stay": survey.stay, "kept": survey.kept,
+            "suspect": survey.suspect}
 
 
 def _pictures(scene: Scene, found: awm.Purified, curve: dict, variant: str, seed: int,

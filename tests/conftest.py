@@ -1,5 +1,6 @@
 """Shared fixtures: strict shapes, small networks, real data where it is."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1").strip()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,3 +49,13 @@ def x64():
     """64-bit arithmetic for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def small_params64(x64, small_params):
+    """`small_params` in float64."""
+    def wide(tree):
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
+
+    return dataclasses.replace(small_params, weights=wide(small_params.weights),
+                               batch_stats=wide(small_params.batch_stats))

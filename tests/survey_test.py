@@ -8,7 +8,9 @@ import pytest
 from awm_jax import data, losses, models, torch_compat
 from awm_jax.data import splits
 from awm_jax.defences import awm, awm_steps
-from awm_jax.defences.survey import log_odds, survey
+from awm_jax.defences import survey as survey_module
+from awm_jax.defences.survey import Survey, dispersal, log_odds, survey, towards
+from awm_jax.types import Arch, Params
 
 
 def test_log_odds_by_hand():
@@ -29,6 +31,78 @@ def test_log_odds_from_probabilities_and_its_slope():
     assert float(jax.grad(lambda z: losses.cross_entropy(z, jnp.array([0])))(sure)[0, 0]) == 0.0
 
 
+def test_dispersal_by_hand():
+    """Two images, both driven out of their class: apart log 3 + 5 log 2, together less."""
+    z = jnp.log(jnp.array([[1.0, 3.0], [3.0, 1.0]]))
+    np.testing.assert_allclose(dispersal(z, jnp.array([0, 1])), np.log(3) + 5 * np.log(2),
+                               rtol=1e-6)
+    together = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    np.testing.assert_allclose(dispersal(z[:1], jnp.array([0])), np.log(3) + 5 * together,
+                               rtol=1e-6)
+    far = 50 * (1 - jnp.eye(2))
+    np.testing.assert_allclose(dispersal(far, jnp.array([0, 1])), 5 + 5 * np.log(2), rtol=1e-6)
+
+
+def test_dispersal_from_probabilities_and_its_slope(x64):
+    rng = np.random.default_rng(0)
+    z, own = rng.normal(size=(6, 5)) * 3, rng.integers(0, 5, 6)
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    mine, mean = p[np.arange(6), own], p.mean(axis=0)
+    away = np.minimum(np.log1p(-mine) - np.log(mine), 5).mean()
+    expected = away - 5 * (mean * np.log(mean)).sum()
+    np.testing.assert_allclose(dispersal(jnp.asarray(z), jnp.asarray(own)), expected, rtol=1e-9)
+    along = rng.normal(size=z.shape)
+    slope = (dispersal(z + 1e-6 * along, own) - dispersal(z - 1e-6 * along, own)) / 2e-6
+    gradient = jax.grad(lambda z: dispersal(z, own))(jnp.asarray(z))
+    np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-6)
+    for target in range(5):
+        assert towards(z, target, own) == log_odds(z, target)
+    assert towards(z, 5, own) == dispersal(z, own)
+
+
+def _quadrants(shift, natural):
+    """A network that a test understands: which quadrant of an 8x8 image is bright, in four classes.
+
+    The first pixel's red moves each answer to the next class, if ``shift``; its green drives
+    everything to class 0, by ``natural`` nats.
+    """
+
+    def apply(params, images, **_):
+        del params
+        grey = images[:, :, :, 2].reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4)
+        moved = shift * images[:, 0, 0, :1]
+        answer = (1 - moved) * grey + moved * jnp.roll(grey, 1, axis=1)
+        return 20 * answer + natural * images[:, 0, 0, 1:2] * jnp.eye(4)[:1]
+
+    return apply
+
+
+@pytest.mark.parametrize("shift, suspect", [(1.0, 4), (0.0, 0)])
+def test_all_to_all_is_told_from_a_stronger_natural_weakness(monkeypatch, shift, suspect):
+    """Everything can be driven into class 0, and farther; with a shift that is not the backdoor."""
+    monkeypatch.setattr(survey_module.models, "apply", _quadrants(shift, 60.0))
+    images = jnp.zeros((4, 2, 4, 2, 4, 3)).at[
+        jnp.arange(4), jnp.arange(4) // 2, :, jnp.arange(4) % 2].set(0.5).reshape(4, 8, 8, 3)
+    images = images.at[:, 0, 0, :2].set(0.0)
+    params = Params({}, {}, Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3)))
+    found = survey(jax.random.key(0), params, lambda _: images, steps=20, tau=4.0)
+    assert int(found.suspect) == suspect and int(found.damage.argmax()) == 0
+    if shift:
+        np.testing.assert_array_equal(found.trigger, found.dispersal)
+        assert found.dispersal[0, 0, 0] > 0.5 and found.stay < 0.1 and found.kept > 0.9
+    else:
+        np.testing.assert_array_equal(found.trigger, found.triggers[0])
+
+
+@pytest.mark.parametrize("stay, kept, suspect", [
+    (0.05, 0.9, 3), (0.05, 0.2, 1), (0.4, 0.9, 1), (0.4, 0.2, 1),
+])
+def test_only_a_dispersal_that_moves_all_and_keeps_classes_apart_is_suspected(stay, kept, suspect):
+    found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, 2.0]), jnp.zeros((2, 2, 1)),
+                   jnp.array(stay), jnp.array(kept))
+    assert int(found.suspect) == suspect
+
+
 def test_bounds_damage_and_determinism(small_params, small_batch):
     images = jnp.asarray(small_batch.images)
     look = jax.jit(lambda key: survey(key, small_params, lambda _: images, steps=3, tau=1.5))
@@ -36,11 +110,21 @@ def test_bounds_damage_and_determinism(small_params, small_batch):
     assert found.triggers.shape == (4, 8, 8, 3) and found.damage.shape == (4,)
     norms = np.abs(found.triggers).sum(axis=(1, 2, 3))
     assert (norms > 0).all() and (norms <= 1.5 * (1 + 1e-5)).all()
-    np.testing.assert_array_equal(found.triggers, look(jax.random.key(0)).triggers)
+    assert 0 < float(jnp.abs(found.dispersal).sum()) <= 0.75 * (1 + 1e-5)
+    again = look(jax.random.key(0))
+    for a, b in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, b)
     own = models.apply(small_params, images).argmax(axis=1)
     for delta, damage in zip(found.triggers, found.damage, strict=True):
         logits = models.apply(small_params, jnp.clip(images + delta[None], 0, 1))
         np.testing.assert_allclose(losses.cross_entropy(logits, own), damage, rtol=1e-4)
+    p = np.asarray(jax.nn.softmax(models.apply(
+        small_params, jnp.clip(images + found.dispersal[None], 0, 1))))
+    np.testing.assert_allclose(p[np.arange(len(p)), own].mean(), found.stay, rtol=1e-4)
+    mean, shares = p.mean(axis=0), np.bincount(own) / len(own)
+    shares = shares[shares > 0]
+    kept = np.exp((shares * np.log(shares)).sum() - (mean * np.log(mean)).sum())
+    np.testing.assert_allclose(kept, found.kept, rtol=1e-4)
 
 
 def test_each_trigger_leads_towards_its_class(small_params, small_batch):
@@ -65,4 +149,5 @@ def test_a_published_backdoor_stands_out(shared_data, name, target):
         jax.random.key(0), params, images, jnp.asarray(cifar.test_labels[chosen], jnp.int32),
         settings)
     order = np.argsort(found.damage)[::-1]
-    assert order[0] == target and found.damage[order[0]] > 2 * found.damage[order[1]]
+    assert int(found.suspect) == order[0] == target
+    assert found.damage[order[0]] > 2 * found.damage[order[1]]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import masks as masking
-from awm_jax import models, validate
+from awm_jax import metrics, validate
 from awm_jax.defences import awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.awm_steps import AWMInfo, AWMState
@@ -48,10 +48,10 @@ class Purified:
       masks: the masks in [0, 1] that made it.
       status: `Status`; ``status.advice`` says what to do.
       history: `AWMInfo`'s fields, each ``[epochs]``.
-      trigger: ``[H, W, C]`` the most damaging trigger of the survey, or of the last epoch in a
+      trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
         variant without one; added to images in [0, 1].
-      survey: ``[c, H, W, C]`` triggers and ``[c]`` damage, class by class, found on the suspect
-        network; None in a variant without one.
+      survey: `Survey`: triggers and damage, class by class, found on the suspect network; None in
+        a variant without one.
     """
 
     params: Params
@@ -68,10 +68,7 @@ _jit_init = jax.jit(awm_steps.init, static_argnames="settings")
 _jit_look = jax.jit(awm_steps.look, static_argnames="settings")
 
 
-@jax.jit
-def _answers(params: Params, images: jax.Array) -> jax.Array:
-    """The class of each image; one program for both networks."""
-    return models.apply(params, images).argmax(axis=1)
+_jit_apply_masks = jax.jit(masking.apply)
 
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
@@ -103,6 +100,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
         NaN in images or weights.
 
     Example:
+      >>> from awm_jax import models
       >>> from awm_jax.types import Arch
       >>> arch = Arch(name='small_vgg', num_classes=2, image_shape=(8, 8, 3))
       >>> params = models.create(jax.random.key(0), arch)
@@ -133,19 +131,19 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
             on_epochs(done, settings.epochs, state, latest)
     history = {name: np.concatenate([getattr(i, name) for i in infos]) for name in AWMInfo._fields}
     purified = with_masks(params, state.masks)
-    agreement = float((_answers(purified, given) == _answers(params, given)).mean())
+    agreement = float((metrics.predict(purified, given) == metrics.predict(params, given)).mean())
     status = _status(state, history, agreement)
     if found is None:
         trigger = state.triggers[settings.epochs - 1 if settings.replay else 0]
     else:
         found = jax.device_get(found)
-        trigger = found.triggers[found.damage.argmax()]
+        trigger = found.trigger
     return Purified(purified, state.masks, status, history, np.asarray(trigger), found)
 
 
 def with_masks(params: Params, masks: Masks) -> Params:
     """The network with its masks multiplied in, usable without them."""
-    return dataclasses.replace(params, weights=masking.apply(params.weights, masks))
+    return dataclasses.replace(params, weights=_jit_apply_masks(params.weights, masks))
 
 
 def _stretch(epochs: int, every: int | None) -> int:

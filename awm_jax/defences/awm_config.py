@@ -37,6 +37,8 @@ class Settings:
       pursuit: every second trigger goes for the survey's most damaging class, within this many
         times tau; 0 for none.
       pursuit_start: the first epoch, counted from 0, that may do so.
+      all_to_all_alpha: alpha where the survey suspects an all-to-all backdoor, which then is what
+        every trigger goes for.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
     """
 
@@ -65,13 +67,14 @@ class Settings:
     suspects: int
     pursuit: float
     pursuit_start: int
+    all_to_all_alpha: float
     copies: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
            "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0,
-           "pursuit_start": 0}
+           "pursuit_start": 0, "all_to_all_alpha": 0.0}
 
 # What each variant fixes; sizes that depend on the data are filled in by `AWMConfig.resolve`.
 VARIANTS: dict[str, dict] = {
@@ -81,7 +84,7 @@ VARIANTS: dict[str, dict] = {
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
-        "pursuit_start": 3,
+        "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
     "paper": {
         **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -198,6 +201,8 @@ class AWMConfig:
         if not values["replay"]:  # what the survey finds is used by replaying it
             values["survey_steps"] = values["suspects"] = 0
             values["pursuit"] = 0.0
+        if self.alpha is not None or not values["survey_steps"]:
+            values["all_to_all_alpha"] = values["alpha"]
         height, width, _ = image_shape
         values["taus"] = tuple(tau * height * width / 1024 for tau in values["taus"])
         total = num_images * (1 + self.copies)

@@ -10,7 +10,8 @@ from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.survey import Survey, log_odds, survey
+from awm_jax.defences.survey import Survey, survey
+from awm_jax.defences.survey import towards as search
 from awm_jax.types import Masks, Params
 
 
@@ -24,7 +25,7 @@ class AWMState(NamedTuple):
       finite: False once a non-finite value was met; from then on nothing changes.
       triggers: ``[epochs + suspects, H, W, C]`` the trigger of every epoch done, zeros after them,
         and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
-      suspect: the class with most damage in the survey, -1 without one.
+      suspect: `Survey.suspect`, -1 without a survey.
     """
 
     masks: Masks
@@ -68,7 +69,7 @@ def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax
       labels: ``[B]`` what the trigger moves predictions away from.
       clamp: clip ``x + delta`` to [0, 1].
       towards: ``(whether, class)``, scalars: if true, the gradient of that class's log-odds
-        instead.
+        instead, or of the dispersal for the class past the last.
     """
 
     def loss(delta):
@@ -76,13 +77,14 @@ def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax
         away = losses.cross_entropy(logits, labels)
         if towards is None:
             return away
-        return jnp.where(towards[0], log_odds(logits, towards[1]), away)
+        return jnp.where(towards[0], search(logits, towards[1], labels), away)
 
     return jax.grad(loss)(delta)
 
 
 def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
-              target: jax.Array, settings: Settings) -> tuple[jax.Array, AWMInfo]:
+              target: jax.Array, settings: Settings,
+              alpha: jax.Array | float | None = None) -> tuple[jax.Array, AWMInfo]:
     """``alpha L(f(x; m*w), t) + (1-alpha) L(f(x+delta; m*w), t) + gamma ||m||_1`` (eq. 4.4).
 
     Two passes, not one over both: on a CPU a batch of 32 takes a fifth longer than two of 16,
@@ -95,14 +97,15 @@ def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
       images: ``[B, H, W, C]`` in [0, 1].
       target: ``[B]`` labels or ``[B, c]`` probabilities.
       settings: ``alpha``, ``gamma`` and ``clamp_outer``.
+      alpha: a scalar instead of ``settings.alpha``.
     """
     clean = models.apply(params, images, masks=masks)
     triggered = models.apply(params, _add(images, delta, settings.clamp_outer), masks=masks)
     loss = losses.cross_entropy if target.ndim == 1 else losses.soft_cross_entropy
     clean_loss, trigger_loss = loss(clean, target), loss(triggered, target)
     norm = masking.l1(masks)
-    total = (settings.alpha * clean_loss + (1 - settings.alpha) * trigger_loss
-             + settings.gamma * norm)
+    share = jnp.asarray(settings.alpha if alpha is None else alpha, clean_loss.dtype)
+    total = share * clean_loss + (1 - share) * trigger_loss + settings.gamma * norm
     wanted = target if target.ndim == 1 else target.argmax(axis=1)
     info = AWMInfo(
         clean_loss, trigger_loss, (clean.argmax(axis=1) == wanted).mean(),
@@ -177,23 +180,34 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     every second trigger after it goes for that trigger's class: masks that erase one way into it
     can open another, and a search away from the network's answers does not look there. Its bound is
     larger, as published triggers are (a watermark's L1 norm is near 200).
+
+    Where the survey suspects an all-to-all backdoor, every search is for a dispersal and goes on
+    from the last one: away from the network's answers there are only its natural weaknesses, which
+    are stronger. What such a trigger does is weak too, so the images that carry it weigh more.
     """
+    all_to_all = suspect == params.arch.num_classes
     taus = jnp.asarray(settings.taus, jnp.float32)
     optimiser = _optimiser(settings)
+    alpha = jnp.where(all_to_all, settings.all_to_all_alpha, settings.alpha)
 
     def pursues(epoch):
-        return (epoch % 2 == 1) & (epoch >= settings.pursuit_start) & (suspect >= 0)
+        turn = (epoch % 2 == 1) & (epoch >= settings.pursuit_start) & (suspect >= 0)
+        return turn | all_to_all
 
     def bound(epoch):
         tau = taus[epoch % len(taus)]
-        return jnp.where(pursues(epoch), settings.pursuit * tau, tau) if settings.pursuit else tau
+        if not settings.pursuit:
+            return tau
+        return jnp.where(pursues(epoch) & ~all_to_all, settings.pursuit * tau, tau)
 
     def start(key, epoch, outer):
         del key, outer
         nothing = jnp.zeros(images.shape[1:], images.dtype)
         if len(triggers) <= settings.epochs:  # no survey
             return nothing
-        return jnp.where(epoch == 1, triggers[settings.epochs], nothing)
+        last = triggers[jnp.where(epoch == 0, settings.epochs, epoch - 1)]
+        return jnp.where(all_to_all, last,
+                         jnp.where(epoch == 1, triggers[settings.epochs], nothing))
 
     def ascend(key, epoch, delta, outer):
         x, y = _minibatch(key, images, labels if fled is None else fled, settings)
@@ -222,7 +236,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
         gradients, info = jax.grad(
-            lambda m: mask_loss(params, m, delta, x, target, settings), has_aux=True)(masks)
+            lambda m: mask_loss(params, m, delta, x, target, settings, alpha), has_aux=True)(masks)
         updates, opt_state = optimiser.update(gradients, opt_state, masks)
         stepped = masking.clip(optax.apply_updates(masks, updates))
         if settings.monotone:
@@ -258,8 +272,11 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     kept = settings.epochs if settings.replay else 1
     triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
     if found is not None:
-        worst = jnp.argsort(-found.damage)[:settings.suspects]
-        triggers, suspect = jnp.concatenate([triggers, found.triggers[worst]]), worst[0]
+        suspect = found.suspect
+        worst = found.triggers[jnp.argsort(-found.damage)[:settings.suspects]]
+        worst = jnp.where(suspect < len(found.damage), worst,
+                          jnp.concatenate([found.dispersal[None], worst[:-1]]))
+        triggers = jnp.concatenate([triggers, worst])
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
                     jnp.array(True), triggers, suspect)
 

@@ -1,5 +1,6 @@
 """Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -41,8 +42,14 @@ def create(key: jax.Array, arch: Arch) -> Params:
     """
     validate.at_least(2, num_classes=arch.num_classes)
     validate.at_least(8, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
-    variables = module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
+    variables = _draw(key, arch)
     return Params(variables["params"], variables.get("batch_stats", {}), arch)
+
+
+@functools.partial(jax.jit, static_argnames="arch")
+def _draw(key: jax.Array, arch: Arch) -> Any:
+    """Flax's variables. As one program: by itself, Flax compiles and runs each layer to draw it."""
+    return module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
 
 
 def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> jax.Array:

@@ -1,5 +1,6 @@
 """Networks and the convolution they stand on."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +165,12 @@ def test_elu_and_its_gradient_equal_the_library_one(x64):
                                rtol=1e-2, atol=1e-15)
     np.testing.assert_allclose(jax.vmap(jax.grad(ops.elu))(x)[40:],
                                jax.vmap(jax.grad(jax.nn.elu))(x)[40:], rtol=1e-12)
+
+
+def test_drawing_weights_inside_a_larger_program_gives_the_same(small_params):
+    """`create` compiles with options of its own, which a program around it would refuse."""
+    inside = jax.jit(lambda key: models.create(key, small_params.arch).weights)(jax.random.key(0))
+    chex.assert_trees_all_close(inside, small_params.weights, rtol=1e-6)
+    both = jax.vmap(lambda key: models.create(key, small_params.arch).weights)(
+        jax.random.split(jax.random.key(0), 2))
+    assert both["conv1"]["kernel"].shape == (2, *small_params.weights["conv1"]["kernel"].shape)

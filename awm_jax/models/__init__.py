@@ -1,6 +1,5 @@
 """Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
 
-import functools
 from typing import Any, cast
 
 import jax
@@ -42,14 +41,20 @@ def create(key: jax.Array, arch: Arch) -> Params:
     """
     validate.at_least(2, num_classes=arch.num_classes)
     validate.at_least(8, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
-    variables = _draw(key, arch)
+    # Options of a compilation cannot be given to a part of a larger one.
+    variables = (_draw if isinstance(key, jax.core.Tracer) else _jit_draw)(key, arch)
     return Params(variables["params"], variables.get("batch_stats", {}), arch)
 
 
-@functools.partial(jax.jit, static_argnames="arch")
 def _draw(key: jax.Array, arch: Arch) -> Any:
-    """Flax's variables. As one program: by itself, Flax compiles and runs each layer to draw it."""
+    """Flax's variables."""
     return module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
+
+
+# One program: by itself, Flax compiles and runs each layer to draw it. It runs once, so compiling it
+# is what takes the time: a second at this level, five at the usual one.
+_jit_draw = jax.jit(_draw, static_argnames="arch",
+                    compiler_options={"xla_backend_optimization_level": 1})
 
 
 def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> jax.Array:

@@ -89,7 +89,8 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(small_params, sm
     own = models.apply(small_params, images).argmax(axis=1)
 
     def value(delta):
-        return float(dispersal(models.apply(small_params, jnp.clip(images + delta[None], 0, 1)), own))
+        triggered = jnp.clip(images + delta[None], 0, 1)
+        return float(dispersal(models.apply(small_params, triggered), own))
 
     delta = jnp.zeros((8, 8, 3))
     for key in jax.random.split(jax.random.key(1), 8):

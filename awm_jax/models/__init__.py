@@ -51,8 +51,8 @@ def _draw(key: jax.Array, arch: Arch) -> Any:
     return module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
 
 
-# One program: by itself, Flax compiles and runs each layer to draw it. It runs once, so compiling it
-# is what takes the time: a second at this level, five at the usual one.
+# One program: by itself, Flax compiles and runs each layer to draw it. It runs once, so what takes
+# the time is to compile it: a second at this level, five at the usual one.
 _jit_draw = jax.jit(_draw, static_argnames="arch",
                     compiler_options={"xla_backend_optimization_level": 1})
 

@@ -139,6 +139,7 @@ def test_each_trigger_leads_towards_its_class(small_params, small_batch):
 @pytest.mark.parametrize("name, target", [("badnets_8_02", 8), ("trojan_sq_2_02", 2)])
 def test_a_published_backdoor_stands_out(shared_data, name, target):
     """From ten images, without the trigger, the attacker's class is driven twice as far."""
+    pytest.importorskip("torch")
     params = torch_compat.load(shared_data / "third_party_models" / f"{name}_ckpt.pth")
     cifar = data.load("cifar10", shared_data)
     pool = splits.defender_split(cifar).pool_indices

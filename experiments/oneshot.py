@@ -151,7 +151,7 @@ def _surveyed(survey: Survey | None) -> dict:
     if survey is None:
         return {"damage": None}
     return {"damage": survey.damage, "stay": survey.stay, "kept": survey.kept,
-            "suspect": survey.suspect}
+            "suspect": int(survey.suspect)}
 
 
 def _pictures(scene: Scene, found: awm.Purified, curve: dict, variant: str, seed: int,

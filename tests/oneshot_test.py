@@ -63,7 +63,8 @@ def test_writes_everything_and_resumes(tiny, capsys, monkeypatch):
     (cell,) = saved["cells"].values()
     assert {"acc", "asr", "asr_all", "recovered"} == set(cell["before"]) == set(cell["after"])
     assert len(cell["clean_indices"]) == 10 and saved["versions"]["jax"]
-    assert len(cell["damage"]) == 10
+    assert len(cell["damage"]) == 10 and cell["suspect"] in range(11)
+    assert 0 <= cell["stay"] <= 1 and cell["kept"] > 0
     assert cell["settings"]["epochs"] == 1 and len(cell["history"]["clean_loss"]) == 1
     for name in ("table.md", "badnets-pairs.png", "badnets-distilled-history.png",
                  "badnets-distilled-masks.png", "badnets-distilled-trigger.png"):

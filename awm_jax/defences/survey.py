@@ -10,8 +10,8 @@ import numpy as np
 from awm_jax import losses, models, projections
 from awm_jax.types import Params
 
-# Under a dispersal trigger two networks with all-to-all backdoors gave their old answer with
-# probability .03 to .05; seven with one target or none, in twelve searches, with .26 to .55.
+# Under a dispersal trigger a network with an all-to-all backdoor kept its answer with probability
+# .05 (two searches); six networks with one target or none, in twelve searches, with .26 to .55.
 _STAYS_BELOW = 0.15
 _KEEPS_ABOVE = 0.5
 _DISPERSAL_STEPS = 100

@@ -20,8 +20,8 @@ _ORDER = [4 * i + j for rows in _PAIRS for columns in _PAIRS for i in rows for j
 _KERNEL = np.kron(_G, _G)[_ORDER]  # [16, 9]
 
 # By CPU time on a Zen 3 it breaks even with the other forms at 16 channels (32x32 pixels, 2.1 ms
-# each) and takes half to two thirds of their time with more; but it is three times as much to
-# compile, which small work never earns back: 64 squares of 512 channels take 25 ms against 28.
+# each) and takes half to two thirds of their time with more; but it is more to compile, which small
+# work never earns back: 64 squares of 512 channels take 25 ms against 28.
 _CHANNELS_FROM = 16
 _SQUARES_FROM = 256
 

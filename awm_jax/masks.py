@@ -21,7 +21,7 @@ def layer_names(weights: Weights) -> list[str]:
 
 def _name(path: Any) -> str:
     """Slash-joined keys of a tree path."""
-    return "/".join(str(entry.key) for entry in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:

@@ -75,6 +75,8 @@ def training_set(images: np.ndarray, labels: np.ndarray, *, num_classes: int,
                  image_shape: tuple[int, int, int]) -> None:
     """Raises ValueError unless images are uint8 of the network's size and labels fit them."""
     labels = np.asarray(labels)
+    if len(images) == 0:
+        raise ValueError("Expected a training set of at least one image, got none.")
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
         raise ValueError(
             f"Expected uint8 images [N, {', '.join(map(str, image_shape))}], got "

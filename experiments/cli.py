@@ -1,14 +1,18 @@
-"""The options of `python -m experiments.oneshot`, checked before any work starts."""
+"""The options of the commands, checked before any work starts."""
 
 import argparse
 import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
 
-from awm_jax import attacks, models
+from awm_jax import attacks, data, models
+from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments.presets import PRESETS
 
 
-def _samples(text: str) -> str | int:
+def samples(text: str) -> str | int:
     """'one-shot' or a positive number."""
     if text == "one-shot":
         return text
@@ -17,7 +21,7 @@ def _samples(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"expected 'one-shot' or a whole number > 0, got {text!r}")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     """A whole number > 0."""
     if text.isdigit() and int(text) > 0:
         return int(text)
@@ -35,7 +39,7 @@ def _rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
 
 
-def _several(choices, what: str):
+def several(choices, what: str):
     """A comma-separated list out of ``choices``, or 'all'."""
 
     def parse(text: str) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ def _defences(text: str) -> tuple[str, ...]:
     groups = {"all": False, "ablations": True}
     if text in groups:
         return tuple(n for n, d in DEFENCES.items() if d.ablation == groups[text])
-    return _several(DEFENCES, "defence")(text)
+    return several(DEFENCES, "defence")(text)
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -75,30 +79,62 @@ class _OneLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of the main job."""
-    p = _OneLine(
-        prog="python -m experiments.oneshot",
-        description="Train (or load) a backdoored network, purify it with a few clean images, and "
-        "report accuracy (ACC) and attack success rate (ASR) before and after.",
-    )
-    data = p.add_argument_group("data")
-    data.add_argument("--dataset", choices=sorted(PRESETS), default="digits",
-                      help="data set; digits needs no download (default: %(default)s)")
-    data.add_argument("--data_dir", type=pathlib.Path,
-                      help="where its files are (default: $AWM_DATA_DIR, then the cache)")
-    data.add_argument("--samples", type=_samples, default="one-shot",
-                      help="clean images for the defence: 'one-shot' (one of each class) or a "
-                      "number (default: %(default)s)")
+def run(prog: str, job: Callable[[], Any]) -> int:
+    """Does the job; errors of the user's making end in one line and status 2."""
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """What argparse cannot see of `scene_parser`'s options.
+
+    Raises:
+      FileNotFoundError: ``--checkpoint`` or ``--trigger`` is not there.
+      ValueError: several attacks beside either, which is of one.
+    """
+    if args.checkpoint is not None and not args.checkpoint.exists():
+        raise FileNotFoundError(f"Expected a network at {args.checkpoint}, found nothing there.")
+    if args.trigger is not None and not args.trigger.exists():
+        raise FileNotFoundError(f"Expected a PNG at {args.trigger}, found nothing there.")
+    if args.trigger is not None and len(args.attack) > 1:
+        raise ValueError("Expected one --attack beside --trigger: a PNG is one trigger.")
+    if args.checkpoint is not None and len(args.attack) > 1:
+        raise ValueError("Expected one --attack beside --checkpoint: a network carries one.")
+
+
+def load(args: argparse.Namespace) -> Dataset:
+    """`check`, then the data set of ``--dataset``; ValueError for a class it does not have."""
+    check(args)
+    dataset = data.load(args.dataset, data_dir=args.data_dir)
+    if args.target is not None and not 0 <= args.target < dataset.num_classes:
+        raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
+    return dataset
+
+
+def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Options that say which data and which backdoored network: what `scene.make` reads."""
+    p = _OneLine(prog=prog, description=description)
+    source = p.add_argument_group("data")
+    source.add_argument("--dataset", choices=sorted(PRESETS), default="digits",
+                        help="data set; digits needs no download (default: %(default)s)")
+    source.add_argument("--data_dir", type=pathlib.Path,
+                        help="where its files are (default: $AWM_DATA_DIR, then the cache)")
     net = p.add_argument_group("network and attack")
     net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg",
                      help="architecture (default: %(default)s)")
-    net.add_argument("--attack", type=_several(attacks.ATTACKS, "attack"), default=("badnets",),
+    net.add_argument("--attack", type=several(attacks.ATTACKS, "attack"), default=("badnets",),
                      metavar="NAME[,NAME...]|all",
                      help=f"one or more of: {', '.join(attacks.ATTACKS)} (default: badnets)")
     net.add_argument("--poison_rate", type=_rate, default=0.05,
                      help="share of training images that are poisoned (default: %(default)s)")
-    net.add_argument("--epochs", type=_positive, help="training epochs (default: by data set)")
+    net.add_argument("--epochs", type=positive, help="training epochs (default: by data set)")
     net.add_argument("--network_seed", type=int, default=0,
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,
@@ -112,17 +148,30 @@ def parser() -> argparse.ArgumentParser:
                      "(default: %(default)s)")
     net.add_argument("--target", type=int,
                      help="the class the trigger leads to (default: the attack's own)")
+    return p
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the main job."""
+    p = scene_parser(
+        "python -m experiments.oneshot",
+        "Train (or load) a backdoored network, purify it with a few clean images, and "
+        "report accuracy (ACC) and attack success rate (ASR) before and after.",
+    )
     defence = p.add_argument_group("defence")
     defence.add_argument("--defence", type=_defences, default=("awm",),
                          metavar="NAME[,NAME...]|all|ablations",
                          help=f"one or more of: {', '.join(DEFENCES)}; 'all' leaves the ablations "
                          "out (default: awm)")
-    defence.add_argument("--purify_epochs", type=_positive,
+    defence.add_argument("--samples", type=samples, default="one-shot",
+                         help="clean images for the defence: 'one-shot' (one of each class) or a "
+                         "number (default: %(default)s)")
+    defence.add_argument("--purify_epochs", type=positive,
                          help="epochs of the defence, where it counts any (default: its own)")
     defence.add_argument("--set", type=_setting, action="append", metavar="NAME=VALUE",
                          help="a setting of the chosen defences that have it, such as "
                          "threshold=.3; repeatable")
-    defence.add_argument("--seeds", type=_positive, default=3,
+    defence.add_argument("--seeds", type=positive, default=3,
                          help="purifications, each with other clean images (default: %(default)s)")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=pathlib.Path,

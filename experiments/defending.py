@@ -16,6 +16,7 @@ from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
 from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.defences.awm_purify import with_masks
+from awm_jax.defences.base import by_path
 from awm_jax.defences.survey import Survey
 from awm_jax.report import figures, pictures
 from experiments.presets import PRESETS
@@ -100,12 +101,10 @@ def _any(scene: Scene, name: str, chosen, batch, seed: int, folder) -> tuple[Any
         found = jax.block_until_ready(defence(scene.params, data, key=jax.random.key(seed),
                                               config=chosen))
     seconds = time.perf_counter() - started
-    paths = jax.tree_util.tree_leaves_with_path(found.info)
-    info = {"/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", ""))))
-                     for entry in path): leaf for path, leaf in paths}
     return found.params, {
         "status": found.status.name, "seconds": seconds, "settings": dataclasses.asdict(chosen),
-        "info": {key: leaf for key, leaf in info.items() if np.size(leaf) <= _INFO_SIZE},
+        "info": {key: leaf for key, leaf in by_path(found.info).items()
+                 if np.size(leaf) <= _INFO_SIZE},
     }
 
 

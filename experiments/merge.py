@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from awm_jax import data
-from experiments import results
+from experiments import cli, results
 
 
 def merged(paths: list[pathlib.Path]) -> tuple[list[dict], str]:
@@ -52,16 +52,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="run directories")
     parser.add_argument("--out", type=pathlib.Path, help="file for the table, beside printing it")
     args = parser.parse_args(argv)
-    try:
+
+    def job():
         cells, dataset = merged(args.runs)
         text = results.report(cells, data.num_classes(dataset))
         if args.out is not None:
             args.out.write_text(text + "\n")
-    except (ValueError, KeyError, OSError) as error:
-        print(f"experiments.merge: error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+        print(text)
+
+    return cli.run("experiments.merge", job)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class NetworkSpec:
             text.encode()).hexdigest()[:12]
 
 
+def benign(spec: NetworkSpec, epochs: int) -> NetworkSpec:
+    """The same network without a backdoor."""
+    return dataclasses.replace(spec, attack=None, rate=0.0, epochs=epochs)
+
+
 def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path) -> Attack:
     """The attack of a spec; triggers found by optimisation get their surrogate network first."""
     assert spec.attack is not None
@@ -53,8 +58,7 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path) -> Att
     shape = dataset.train_images.shape[1:]
     if spec.attack == "badnets":
         return attacks.make(spec.attack, key, shape, dataset.num_classes)
-    surrogate = dataclasses.replace(
-        spec, attack=None, rate=0.0, epochs=PRESETS[spec.dataset].surrogate_epochs)
+    surrogate = benign(spec, PRESETS[spec.dataset].surrogate_epochs)
     params = get_network(surrogate, dataset, cache)
     picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
     images = dataset.train_images[picks].astype(np.float32) / 255.0

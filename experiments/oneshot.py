@@ -14,21 +14,8 @@ import time
 from awm_jax import data
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
-from experiments import defending, results, scene
-from experiments.cli import parser
+from experiments import cli, defending, results, scene
 from experiments.presets import PRESETS
-
-
-def _check(args) -> None:
-    """What argparse cannot see, before any work starts."""
-    if args.checkpoint is not None and not args.checkpoint.exists():
-        raise FileNotFoundError(f"Expected a network at {args.checkpoint}, found nothing there.")
-    if args.trigger is not None and not args.trigger.exists():
-        raise FileNotFoundError(f"Expected a PNG at {args.trigger}, found nothing there.")
-    if args.trigger is not None and len(args.attack) > 1:
-        raise ValueError("Expected one --attack beside --trigger: a PNG is one trigger.")
-    if args.checkpoint is not None and len(args.attack) > 1:
-        raise ValueError("Expected one --attack beside --checkpoint: a network carries one.")
 
 
 def _defences(args, dataset: Dataset) -> tuple[str, ...]:
@@ -79,14 +66,11 @@ class _Cells:
 
 def run(args) -> dict:
     """The whole job; returns what results.json holds."""
-    _check(args)
-    dataset = data.load(args.dataset, data_dir=args.data_dir)
-    if args.target is not None and not 0 <= args.target < dataset.num_classes:
-        raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
+    dataset = cli.load(args)
     defences = _defences(args, dataset)
     folder = args.out or pathlib.Path("runs") / f"oneshot-{args.dataset}-{args.arch}"
     path = folder / "results.json"
-    cells = {} if args.fresh else results.read_cells(path)
+    cells = {} if args.fresh else results.read_cells(path, args.dataset, args.arch)
     shared = {"dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
               "command": " ".join(["python -m experiments.oneshot", *sys.argv[1:]])}
     counted = _Cells(len(args.attack) * len(defences) * args.seeds)
@@ -126,16 +110,8 @@ def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
-    args = parser().parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"experiments.oneshot: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = cli.parser().parse_args(argv)
+    return cli.run("experiments.oneshot", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -37,20 +38,29 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def read_cells(path: pathlib.Path) -> dict[str, dict]:
-    """Finished cells of an earlier start; a damaged file is set aside, not overwritten."""
+def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
+    """Finished cells of an earlier start; a damaged file is set aside, not overwritten.
+
+    Raises:
+      ValueError: the file is of another data set or architecture.
+    """
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())["cells"]
+        found = json.loads(path.read_text())
+        cells, kind = found["cells"], (found["dataset"], found["arch"])
     except (json.JSONDecodeError, KeyError, TypeError):
         aside = path.with_suffix(".damaged.json")
         os.replace(path, aside)
         print(f"{path} could not be read; it is now {aside}, and the run starts over.")
         return {}
+    if kind != (dataset, arch):
+        raise ValueError(f"Expected {path} to hold runs of {dataset}, {arch}; it has runs of "
+                         f"{', '.join(kind)}. Choose another --out, or drop them with --fresh.")
+    return cells
 
 
-def _mean_std(values: list[float]) -> str:
+def mean_std(values: Sequence[float] | np.ndarray) -> str:
     """'mean±std' with the sample standard deviation; one value stands alone."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
@@ -81,7 +91,7 @@ def table(cells: list[dict], num_classes: int) -> str:
              "| ASR(all) after | RA after | DER | passes | status | s |", "|" + "---|" * 12]
     for (attack, defence), group in _groups(cells).items():
         def column(when, what, group=group):
-            return _mean_std([cell[when][what] for cell in group])
+            return mean_std([cell[when][what] for cell in group])
 
         passed = sum(cell["after"]["asr_all"] < bound for cell in group)
         status = ",".join(sorted({cell["status"] for cell in group}))
@@ -89,7 +99,7 @@ def table(cells: list[dict], num_classes: int) -> str:
         lines.append(
             f"| {attack} | {defence} | {column('before', 'acc')} | {column('before', 'asr')} | "
             f"{column('after', 'acc')} | {column('after', 'asr')} | {column('after', 'asr_all')} | "
-            f"{column('after', 'recovered')} | {_mean_std([cell['der'] for cell in group])} | "
+            f"{column('after', 'recovered')} | {mean_std([cell['der'] for cell in group])} | "
             f"{passed}/{len(group)} | {status} | {seconds:.0f} |"
         )
     lines.append("")

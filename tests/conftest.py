@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awm_jax import models
+from awm_jax import data, models
 from awm_jax.types import Arch, Batch
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -59,3 +59,19 @@ def small_params64(x64, small_params):
 
     return dataclasses.replace(small_params, weights=wide(small_params.weights),
                                batch_stats=wide(small_params.batch_stats))
+
+
+@pytest.fixture
+def tiny_dataset(monkeypatch, tmp_path):
+    """The commands' data set: dark and bright 8x8 images, and an empty cache; gives a folder."""
+    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+
+    def images(count):
+        labels = (np.arange(count) % 10).astype(np.int32)
+        pixels = rng.integers(0, 30, (count, 8, 8, 3)) + 20 * labels[:, None, None, None]
+        return pixels.astype(np.uint8), labels
+
+    dataset = data.Dataset("digits", *images(200), *images(90), 10, False)
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None: dataset)
+    return tmp_path

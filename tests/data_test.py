@@ -9,6 +9,7 @@ import time
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -286,3 +287,15 @@ def test_mixing_stays_in_range_and_keeps_some_images():
     same = (out == images).all(axis=(1, 2, 3))
     assert 0 < same.sum() < 30 and out.min() >= 0 and out.max() <= 1
     np.testing.assert_array_equal(out, mixing.mix(jax.random.key(0), images))
+
+
+def test_mixup_mixes_images_and_labels_alike():
+    """Each image is a one-hot vector of its label, so both parts must come out the same."""
+    labels = jnp.arange(8) % 5
+    images = jax.nn.one_hot(labels, 5)[:, None, None, :]
+    mixed, probabilities = mixing.mixup(jax.random.key(0), images, labels, 5)
+    np.testing.assert_allclose(mixed[:, 0, 0], probabilities, rtol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
+    share = np.take_along_axis(np.asarray(probabilities), np.asarray(labels)[:, None], 1)[:, 0]
+    assert ((share > 0) & (share <= 1)).all() and share.std() > 0.1
+    assert (np.count_nonzero(np.asarray(probabilities) > 1e-6, axis=1) == 2).any()

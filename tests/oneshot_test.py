@@ -3,11 +3,9 @@
 import json
 import time
 
-import numpy as np
 import pytest
 
 from awm_jax import checkpoint
-from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import defending, oneshot, results
 from experiments.cli import parser
@@ -46,27 +44,11 @@ def test_bad_input_ends_in_one_line(argv, word, capsys, tmp_path):
     assert word in err and "Traceback" not in err
 
 
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A data set of dark and bright 8x8 images, and an empty cache."""
-    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-
-    def images(count):
-        labels = (np.arange(count) % 10).astype(np.int32)
-        pixels = rng.integers(0, 30, (count, 8, 8, 3)) + 20 * labels[:, None, None, None]
-        return pixels.astype(np.uint8), labels
-
-    dataset = Dataset("digits", *images(200), *images(90), 10, False)
-    monkeypatch.setattr(oneshot.data, "load", lambda name, data_dir=None: dataset)
-    return tmp_path
-
-
 ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets"]
 
 
-def test_writes_everything_and_resumes(tiny, capsys, monkeypatch):
-    out = tiny / "run"
+def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
+    out = tiny_dataset / "run"
     assert oneshot.main([*ARGV, "--seeds", "1", "--out", str(out)]) == 0
     saved = json.loads((out / "results.json").read_text())
     (cell,) = saved["cells"].values()
@@ -89,16 +71,16 @@ def test_writes_everything_and_resumes(tiny, capsys, monkeypatch):
     assert "| badnets | awm |" in capsys.readouterr().out
 
 
-def test_interrupt_says_how_to_go_on(tiny, capsys, monkeypatch):
+def test_interrupt_says_how_to_go_on(tiny_dataset, capsys, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(defending, "defend", stop)
-    assert oneshot.main([*ARGV, "--out", str(tiny / "run")]) == 130
+    assert oneshot.main([*ARGV, "--out", str(tiny_dataset / "run")]) == 130
     assert "goes on" in capsys.readouterr().err
 
 
-def test_interrupted_training_resumes(tiny, monkeypatch):
+def test_interrupted_training_resumes(tiny_dataset, monkeypatch):
     from experiments import networks
 
     real, calls = networks.Progress.update, []
@@ -110,7 +92,8 @@ def test_interrupted_training_resumes(tiny, monkeypatch):
         real(self, done, **figures)
 
     monkeypatch.setattr(networks.Progress, "update", update)
-    argv = ["--epochs", "3", "--purify_epochs", "1", "--seeds", "1", "--out", str(tiny / "r")]
+    argv = ["--epochs", "3", "--purify_epochs", "1", "--seeds", "1",
+            "--out", str(tiny_dataset / "r")]
     assert oneshot.main(argv) == 130
     monkeypatch.setattr(networks.Progress, "update",
                         lambda self, done, **figures: calls.append(done))
@@ -121,8 +104,16 @@ def test_interrupted_training_resumes(tiny, monkeypatch):
 def test_damaged_results_are_set_aside(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("{")
-    assert results.read_cells(path) == {}
+    assert results.read_cells(path, "digits", "small_vgg") == {}
     assert (tmp_path / "results.damaged.json").read_text() == "{"
+
+
+def test_runs_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    results.write_json(path, {"cells": {"a": {}}, "dataset": "digits", "arch": "small_vgg"})
+    assert results.read_cells(path, "digits", "small_vgg") == {"a": {}}
+    with pytest.raises(ValueError, match=r"resnet18.*digits, small_vgg.*--fresh"):
+        results.read_cells(path, "digits", "resnet18")
 
 
 def _cell(acc, asr, attack="a", defence="d"):
@@ -155,9 +146,9 @@ def test_summary_by_hand():
     assert rows[0].endswith("| none | 2 | 75.0 | 25.0 | 50.0 | 2 |")
 
 
-def test_every_kind_of_defence_by_the_command(tiny, capsys):
+def test_every_kind_of_defence_by_the_command(tiny_dataset, capsys):
     """One that fine-tunes; the settings of --set are in the results."""
-    out = tiny / "kinds"
+    out = tiny_dataset / "kinds"
     argv = [*ARGV, "--seeds", "1", "--out", str(out), "--defence", "ft", "--set", "lr=0.05"]
     assert oneshot.main(argv) == 0
     (cell,) = json.loads((out / "results.json").read_text())["cells"].values()

@@ -36,7 +36,8 @@ def test_every_picture_is_drawn(tmp_path):
     pictures.recovered_trigger(tmp_path / "two.png", rng.normal(size=(8, 8, 3)), images[0])
     figures.mask_histogram(tmp_path / "deep" / "masks.png", {"a": rng.random(50), "b": np.ones(3)})
     figures.history(tmp_path / "history.png", {"epoch": [1, 2], "asr": [90.0, 3.0]}, "t")
-    for name in ("pairs.png", "one.png", "two.png", "deep/masks.png", "history.png"):
+    figures.proportions(tmp_path / "shares.png", {"a": rng.random((2, 5)), "b": np.eye(5)}, 3, "t")
+    for name in ("shares.png", "pairs.png", "one.png", "two.png", "deep/masks.png", "history.png"):
         _drawn(tmp_path / name)
     assert _drawn(tmp_path / "two.png").shape[1] > 1.5 * _drawn(tmp_path / "one.png").shape[1]
     assert not list(tmp_path.glob(".*"))
@@ -51,6 +52,10 @@ def test_shapes_are_checked(tmp_path):
         figures.history(tmp_path / "x.png", {}, "t")
     with pytest.raises(ValueError, match=r"epoch \(2\)"):
         figures.history(tmp_path / "x.png", {"epoch": [1, 2]}, "t")
+    with pytest.raises(ValueError, match=r"a \(5,\)"):
+        figures.proportions(tmp_path / "x.png", {"a": np.ones(5)}, None, "t")
+    with pytest.raises(ValueError, match="nothing"):
+        figures.proportions(tmp_path / "x.png", {}, None, "t")
     with pytest.raises(ValueError, match="at least one layer"):
         figures.mask_histogram(tmp_path / "x.png", {})
     with pytest.raises(ValueError, match="at least one trigger"):

@@ -33,3 +33,32 @@ def mix(key: jax.Array, images: jax.Array) -> jax.Array:
     cut = jnp.where(jnp.arange(width).reshape(1, 1, width, 1) < position, images, partners)
     kind = jax.random.randint(key_kind, (count, 1, 1, 1), 0, 3)
     return jnp.where(kind == 0, images, jnp.where(kind == 1, blended, cut))
+
+
+def mixup(key: jax.Array, images: jax.Array, labels: jax.Array,
+          num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """``l x + (1 - l) x'`` and ``l y + (1 - l) y'`` with l uniform in [0, 1].
+
+    Args:
+      key: PRNG key of partners and shares.
+      images: ``[B, H, W, C]``.
+      labels: ``[B]`` integers.
+      num_classes: c.
+
+    Returns:
+      ``(images [B, H, W, C], probabilities [B, c])``.
+
+    Example:
+      >>> found = mixup(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.array([0, 2]), 3)
+      >>> [part.shape for part in found]
+      [(2, 4, 4, 1), (2, 3)]
+
+    Reference: Zhang et al. 2018, "mixup: Beyond empirical risk minimization", with alpha = 1.
+    """
+    key_partner, key_share = jax.random.split(key)
+    partners = jax.random.permutation(key_partner, len(images))
+    share = jax.random.uniform(key_share, (len(images),), images.dtype)
+    wide, narrow = share[:, None, None, None], share[:, None]
+    hot = jax.nn.one_hot(labels, num_classes, dtype=images.dtype)
+    return (wide * images + (1 - wide) * images[partners],
+            narrow * hot + (1 - narrow) * hot[partners])

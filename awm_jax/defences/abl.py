@@ -14,6 +14,7 @@ from awm_jax.defences.base import EVERYTHING, Defence
 from awm_jax.types import Params
 
 _VARIANTS = ("sample", "batch")
+_each_loss = optax.softmax_cross_entropy_with_integer_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,11 +158,6 @@ def objective(losses: jax.Array, stage: jax.Array, config: ABLConfig) -> jax.Arr
     else:
         local = jnp.sign(mean - config.gamma) * mean
     return jnp.stack([local, mean, -mean])[stage]
-
-
-def _each_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy image by image."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
 
 
 def hardest_first(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:

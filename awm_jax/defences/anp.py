@@ -24,8 +24,7 @@ class ANPConfig(PruneConfig):
         eq. 3.1; ``'official'``: it is not, as in the published code, so it reaches 2 eps. Nothing
         else differs.
       steps: mask steps, >= 1, rounded up to whole passes over the images.
-      batch_size: images a step, >= 1; all of them where there are fewer (the published code draws
-        with repetition instead).
+      batch_size: images a step, >= 1; all of them where there are fewer.
       lr: learning rate of the masks, > 0 (BackdoorBench's settings use .01).
       momentum: in [0, 1].
       eps: bound of the perturbation relative to a neuron's weights, > 0.
@@ -103,8 +102,7 @@ def learn_masks(key: jax.Array, params: Params, images: jax.Array, labels: jax.A
             project=config.variant == "paper")
         return found.weight, carried.batch_stats, value
 
-    tune = tuning.TuneConfig(epochs=neurons.passes(config.steps, len(images), config.batch_size),
-                             batch_size=config.batch_size, crop=config.crop, flip=config.flip)
+    tune = tuning.for_steps(config.steps, len(images), config)
     # The masks take the place of the weights: what descends is the same to the scan.
     found, values = tuning.descend(
         key, Params(unmasked.weight, {}, params.arch), images, labels, tune, gradient=gradient,

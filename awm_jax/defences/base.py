@@ -233,4 +233,16 @@ def map_weights(fun: Callable[[str, jax.Array], Any], weights: Weights) -> Any:
       {'conv1': {'kernel': 'conv1/kernel'}}
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: fun("/".join(str(entry.key) for entry in path), leaf), weights)
+        lambda path, leaf: fun(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        weights)
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by slash-joined path.
+
+    Example:
+      >>> by_path({'bn1': {'scale': 1, 'bias': 2}})
+      {'bn1/bias': 2, 'bn1/scale': 1}
+    """
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

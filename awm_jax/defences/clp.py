@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from awm_jax import models, validate
-from awm_jax.defences.base import NORMS, Defence, map_weights
+from awm_jax.defences.base import NORMS, Defence, by_path, map_weights
 from awm_jax.types import Params
 
 # Flax keeps BatchNorm's epsilon in the module, not in the weights; every network here uses this.
@@ -72,22 +72,15 @@ def outliers(values: jax.Array, u: float) -> jax.Array:
     return values > values.mean() + u * jnp.std(values, ddof=min(1, len(values) - 1))
 
 
-def _at(tree: dict, path: str) -> dict:
-    """What lies under a slash-joined path."""
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
 def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: CLPConfig) -> tuple[Params, dict]:
     """Zero scale and bias for the channels whose Lipschitz bound stands out of their layer."""
     del key, images, labels
+    weights, stats = by_path(params.weights), by_path(params.batch_stats)
     bounds, pruned = {}, {}
     for norm, conv in models.norm_inputs(params.arch).items():
         bounds[norm] = channel_lipschitz(
-            _at(params.weights, conv)["kernel"], _at(params.weights, norm)["scale"],
-            _at(params.batch_stats, norm)["var"])
+            weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
         pruned[norm] = outliers(bounds[norm], config.u)
 
     def prune(path, leaf):
@@ -96,8 +89,8 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
             return jnp.where(pruned[norm], 0.0, leaf)
         return leaf
 
-    weights = map_weights(prune, params.weights)
-    return dataclasses.replace(params, weights=weights), {"lipschitz": bounds, "pruned": pruned}
+    purified = dataclasses.replace(params, weights=map_weights(prune, params.weights))
+    return purified, {"lipschitz": bounds, "pruned": pruned}
 
 
 clp = Defence(

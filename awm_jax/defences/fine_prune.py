@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from awm_jax import models, validate
 from awm_jax.defences import chunks, tuning
-from awm_jax.defences.base import EVERYTHING, Defence, map_weights
+from awm_jax.defences.base import EVERYTHING, Defence
 from awm_jax.types import Params, Weights
 
 
@@ -21,7 +20,7 @@ class FinePruneConfig(tuning.TuneConfig):
     Args:
       max_drop: pruning stops before the accuracy on held-out clean images falls by more than this
         share of what it was, in [0, 1] (0.1 is BackdoorBench's, which measures on test images).
-      held_out: share of the clean images, drawn by the key, on which that is measured, in (0, 1);
+      held_out: share of the clean images, drawn by the key, on which that is measured, in (0, 1];
         at least one. The others rank the channels; all of them tune the network.
 
     Raises:
@@ -42,55 +41,46 @@ class Head(NamedTuple):
     """What the classifier, the network's last dense layer, sees.
 
     Args:
-      inputs: ``[B, F]``: the last block's channels, flattened ``[h, w, c]`` or pooled ``[c]``.
-      activity: ``[B, c]``, the last block's output averaged over each image.
-      path: the classifier's slash-joined name.
+      inputs: ``[n, F]``: the last block's channels, flattened ``[h, w, c]`` or pooled ``[c]``.
+      activity: ``[n, c]``, the last block's output averaged over each image.
     """
 
     inputs: jax.Array
     activity: jax.Array
-    path: str
 
 
 def head(params: Params, images: jax.Array) -> Head:
-    """The classifier's input and name, by one pass of the frozen network.
+    """What the classifier of the frozen network sees.
 
     Args:
-      params: any network that ends in a `flax.linen.Dense`.
-      images: ``[B, H, W, C]`` float32 in [0, 1].
+      params: a network whose last layer is called ``dense``.
+      images: ``[n, H, W, C]`` float32 in [0, 1].
 
     Returns:
       `Head`.
+
+    Raises:
+      ValueError: it has no such layer.
 
     Example:
       >>> from awm_jax.types import Arch
       >>> arch = Arch(name='small_vgg', num_classes=4, image_shape=(8, 8, 3))
       >>> found = head(models.create(jax.random.key(0), arch), jnp.zeros((2, 8, 8, 3)))
-      >>> found.path, found.inputs.shape, found.activity.shape
-      ('dense', (2, 128), (2, 128))
+      >>> found.inputs.shape, found.activity.shape
+      ((2, 128), (2, 128))
     """
-    seen = {}
-
-    def watch(call, args, kwargs, context):
-        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-            seen["path"], seen["inputs"] = "/".join(context.module.path), args[0]
-        return call(*args, **kwargs)
-
     def one(batch):
-        with nn.intercept_methods(watch):
-            _, blocks, _ = models.activations(params, batch)
-        return seen["inputs"], list(blocks.values())[-1].mean(axis=(1, 2))
+        _, blocks, _ = models.activations(params, batch)
+        return models.features(params, batch), list(blocks.values())[-1].mean(axis=(1, 2))
 
-    inputs, activity = chunks.over_images(one, images)
-    return Head(inputs, activity, seen["path"])
+    return Head(*chunks.over_images(one, images))
 
 
-def prune(weights: Weights, path: str, pruned: jax.Array) -> Weights:
+def prune(weights: Weights, pruned: jax.Array) -> Weights:
     """Zero rows in the classifier's kernel for every channel pruned, at each place of the image.
 
     Args:
       weights: the network's.
-      path: the classifier's name.
       pruned: ``[c]`` bool; the kernel's rows are ``[h, w, c]`` in row-major order, or ``[c]``.
 
     Returns:
@@ -98,16 +88,13 @@ def prune(weights: Weights, path: str, pruned: jax.Array) -> Weights:
 
     Example:
       >>> tree = {'dense': {'kernel': jnp.ones((4, 1))}}
-      >>> prune(tree, 'dense', jnp.array([True, False]))['dense']['kernel'].ravel().tolist()
+      >>> prune(tree, jnp.array([True, False]))['dense']['kernel'].ravel().tolist()
       [0.0, 1.0, 0.0, 1.0]
     """
-    def zero(name, leaf):
-        if name != f"{path}/kernel":
-            return leaf
-        rows = leaf.reshape(-1, len(pruned), leaf.shape[-1])
-        return jnp.where(pruned[None, :, None], 0.0, rows).reshape(leaf.shape)
-
-    return map_weights(zero, weights)
+    kernel = weights["dense"]["kernel"]
+    rows = kernel.reshape(-1, len(pruned), kernel.shape[-1])
+    kept = jnp.where(pruned[None, :, None], 0.0, rows).reshape(kernel.shape)
+    return {**weights, "dense": {**weights["dense"], "kernel": kept}}
 
 
 def choose(accuracies: jax.Array, max_drop: float) -> jax.Array:
@@ -136,16 +123,16 @@ def _candidates(channels: int) -> np.ndarray:
     return np.unique(channels * np.arange(100) // 100)
 
 
-def _accuracies(found: Head, labels: jax.Array, dense: dict, ranks: jax.Array,
+def _accuracies(inputs: jax.Array, labels: jax.Array, dense: dict, ranks: jax.Array,
                 counts: np.ndarray) -> jax.Array:
     """Accuracy with each number of channels pruned; only the classifier has to be run again."""
     channels = len(ranks)
-    inputs = found.inputs.reshape(len(labels), -1, channels)
+    inputs = inputs.reshape(len(labels), -1, channels)
     kernel = dense["kernel"].reshape(inputs.shape[1], channels, -1)
 
     def accuracy(count):
         logits = jnp.einsum("bpc,pck->bk", inputs * (ranks >= count)[None, None], kernel)
-        logits += dense.get("bias", jnp.zeros(1))[None]
+        logits += dense["bias"][None]
         return (logits.argmax(axis=1) == labels).mean()
 
     return jax.lax.map(accuracy, jnp.asarray(counts))
@@ -164,16 +151,13 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     activity = found.activity[ranking].mean(axis=0)
     ranks = jnp.argsort(jnp.argsort(activity))
     counts = _candidates(len(activity))
-    dense = params.weights
-    for name in found.path.split("/"):
-        dense = dense[name]
-    accuracies = _accuracies(found._replace(inputs=found.inputs[held]), labels[held], dense,
-                             ranks, counts)
+    accuracies = _accuracies(found.inputs[held], labels[held], params.weights["dense"], ranks,
+                             counts)
     number = jnp.asarray(counts)[choose(accuracies, config.max_drop)]
     pruned = ranks < number
 
     def settle(weights):
-        return prune(weights, found.path, pruned)
+        return prune(weights, pruned)
 
     start = dataclasses.replace(params, weights=settle(params.weights))
     tuned, losses = tuning.descend(key_tune, start, images, labels, config, settle=settle)

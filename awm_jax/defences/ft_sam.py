@@ -26,8 +26,7 @@ class FTSAMConfig(tuning.TuneConfig):
         for VGG19-BN on all three, and .5 wherever the perturbation is not adaptive.
       adaptive: whether each weight moves in proportion to its square (eq. 4); false for the plain
         perturbation of SAM.
-      label_smoothing: probability taken from the label and shared among the other classes, in
-        [0, 1].
+      label_smoothing: probability taken from the label and shared among all classes, in [0, 1].
 
     Raises:
       ValueError: a value outside its range.
@@ -116,25 +115,15 @@ def sharpness_aware(loss: tuning.Loss, *, rho: float, adaptive: bool) -> tuning.
     return gradient
 
 
-def smoothed(labels: jax.Array, num_classes: int, amount: float) -> jax.Array:
-    """``[B, c]``: ``1 - amount`` on the label, ``amount / (c - 1)`` on each other class.
-
-    Example:
-      >>> smoothed(jnp.array([1]), 3, 0.5).tolist()
-      [[0.25, 0.5, 0.25]]
-    """
-    hot = jax.nn.one_hot(labels, num_classes)
-    return hot * (1 - amount) + (1 - hot) * (amount / (num_classes - 1))
-
-
 def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: FTSAMConfig) -> tuple[Params, dict]:
     """``min_w max_eps L(w + eps)`` by SGD on clean images, all weights, training mode."""
 
     def loss(key, params, images, labels):
         logits, batch_stats = models.apply_train(params, images, key=key)
-        targets = smoothed(labels, params.arch.num_classes, config.label_smoothing)
-        return losses.soft_cross_entropy(logits, targets.astype(logits.dtype)), batch_stats
+        hot = jax.nn.one_hot(labels, params.arch.num_classes, dtype=logits.dtype)
+        targets = optax.smooth_labels(hot, config.label_smoothing)
+        return losses.soft_cross_entropy(logits, targets), batch_stats
 
     tuned, values = tuning.descend(
         key, params, images, labels, config,

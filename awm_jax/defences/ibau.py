@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from awm_jax import losses, models, validate
+from awm_jax import losses, models, projections, validate
 from awm_jax.defences import tuning
 from awm_jax.defences.base import WEIGHTS, Defence
 from awm_jax.types import Params
@@ -155,10 +155,7 @@ def perturbation(params: Params, images: jax.Array, batches: jax.Array,
         return delta - config.inner_lr * gradient, None
 
     delta, _ = jax.lax.scan(step, jnp.zeros(images.shape[1:], images.dtype), batches)
-    if config.radius is None:
-        return delta
-    norm = jnp.sqrt((delta**2).sum())
-    return delta * jnp.where(norm > config.radius, config.radius / norm, 1.0)
+    return delta if config.radius is None else projections.scale_to_l2(delta, config.radius)
 
 
 def _patched(key: jax.Array, images: jax.Array, delta: jax.Array, patching: str) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from awm_jax import models, validate
 from awm_jax.defences import tuning
@@ -116,8 +117,7 @@ def curve_loss(start: Weights, end: Weights, weight_decay: float) -> tuning.Loss
         weights = curve(start, middle.weights, end, jax.random.uniform(key_t))
         point = dataclasses.replace(middle, weights=weights)
         value, batch_stats = tuning.cross_entropy(key_dropout, point, images, labels)
-        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(weights))
-        return value + weight_decay / 2 * squares, batch_stats
+        return value + weight_decay / 2 * optax.tree.norm(weights, squared=True), batch_stats
 
     return loss
 

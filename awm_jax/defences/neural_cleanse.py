@@ -62,7 +62,9 @@ class NCConfig(tuning.TuneConfig):
         validate.at_least(1, search_epochs=self.search_epochs, patience=self.patience,
                           search_batch_size=self.search_batch_size, chunk=self.chunk)
         validate.positive(search_lr=self.search_lr, cost=self.cost, threshold=self.threshold)
-        validate.positive(cost_up_less_1=self.cost_up - 1, cost_down_less_1=self.cost_down - 1)
+        for name in ("cost_up", "cost_down"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"Expected {name}={getattr(self, name)} > 1.")
         validate.between(0.0, 1.0, success=self.success, stamped=self.stamped)
 
 

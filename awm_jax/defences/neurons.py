@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from awm_jax import models, validate
-from awm_jax.defences.base import map_weights
+from awm_jax.defences.base import by_path, map_weights
 from awm_jax.types import Params
 
 
@@ -25,12 +25,6 @@ class Factors(NamedTuple):
     bias: dict[str, jax.Array]
 
 
-def _paths(tree: Any) -> dict[str, jax.Array]:
-    """Leaves by slash-joined path."""
-    return dict(zip(jax.tree.leaves(map_weights(lambda path, leaf: path, tree)),
-                    jax.tree.leaves(tree), strict=True))
-
-
 def has_norms(params: Params) -> bool:
     """Whether the neurons are BatchNorm channels."""
     return bool(_norms(params))
@@ -38,8 +32,8 @@ def has_norms(params: Params) -> bool:
 
 def _norms(params: Params) -> dict[str, jax.Array]:
     """The scale of every BatchNorm layer, which LayerNorm's is not: that keeps no statistics."""
-    kept = {path.rpartition("/")[0] for path in _paths(params.batch_stats)}
-    return {layer: leaf for path, leaf in _paths(params.weights).items()
+    kept = {path.rpartition("/")[0] for path in by_path(params.batch_stats)}
+    return {layer: leaf for path, leaf in by_path(params.weights).items()
             for layer, _, last in [path.rpartition("/")] if last == "scale" and layer in kept}
 
 
@@ -65,7 +59,7 @@ def ones(params: Params) -> Factors:
       >>> ones(params).weight['bn6'].shape
       (128,)
     """
-    leaves = _paths(params.weights)
+    leaves = by_path(params.weights)
     owners = _norms(params) or {
         path.rpartition("/")[0]: leaf for path, leaf in leaves.items() if path.endswith("kernel")
         and not (leaf.ndim == 2 and leaf.shape[-1] == params.arch.num_classes)}
@@ -173,16 +167,6 @@ def uniform(key: jax.Array, tree: Any, eps: float) -> tuple[jax.Array, Callable[
     """
     flat, shaped = ravel_pytree(tree)
     return jax.random.uniform(key, flat.shape, flat.dtype, -eps, eps), shaped
-
-
-def passes(steps: int, count: int, batch_size: int) -> int:
-    """How many passes over ``count`` images hold at least so many steps of `tuning.descend`.
-
-    Example:
-      >>> passes(2000, 500, 128)
-      500
-    """
-    return -(-steps // -(-count // min(batch_size, count)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

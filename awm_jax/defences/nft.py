@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from awm_jax import losses, models, validate
+from awm_jax.data import mixing
 from awm_jax.defences import neurons, tuning
 from awm_jax.defences.base import Defence, Remit
 from awm_jax.defences.neurons import Factors
@@ -15,8 +16,8 @@ from awm_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NFTConfig:
-    """Settings of NFT.
+class NFTConfig(tuning.MinibatchConfig):
+    """Settings of NFT; the rest are `tuning.MinibatchConfig`'s.
 
     ``lr``, ``gamma``, ``floor`` and ``decay`` are the method's; the paper was not at hand for the
     rest, which is this project's choice: how long it runs, the momentum, MixUp's uniform shares,
@@ -24,65 +25,28 @@ class NFTConfig:
     0, and N_c read as the number of clean images per class.
 
     Args:
-      epochs: passes over the images, >= 1.
-      batch_size: images a step, >= 1; all of them where there are fewer.
       lr: learning rate of the masks, > 0.
       momentum: in [0, 1].
       gamma: weight of ``||1 - m||_1 / N_c``, >= 0.
       floor: lower bound of the first layer's masks, in [0, 1].
       decay: how fast the bound falls with depth, >= 0.
-      crop: largest random shift of an image in pixels, >= 0.
-      flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
 
     Raises:
       ValueError: a value outside its range.
     """
 
-    epochs: int = 100
-    batch_size: int = 128
     lr: float = 0.05
     momentum: float = 0.9
     gamma: float = 1e-3
     floor: float = 0.8
     decay: float = 0.5
-    crop: int = 2
-    flip: bool = False
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        super().__post_init__()
         validate.positive(lr=self.lr)
         validate.between(0.0, 1.0, momentum=self.momentum, floor=self.floor)
-        validate.at_least(0, gamma=self.gamma, decay=self.decay, crop=self.crop)
-
-
-def mixup(key: jax.Array, images: jax.Array, labels: jax.Array,
-          num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """``l x + (1 - l) x'`` and ``l y + (1 - l) y'`` with l uniform in [0, 1].
-
-    Args:
-      key: PRNG key of partners and shares.
-      images: ``[B, H, W, C]``.
-      labels: ``[B]`` integers.
-      num_classes: c.
-
-    Returns:
-      ``(images [B, H, W, C], probabilities [B, c])``.
-
-    Example:
-      >>> found = mixup(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.array([0, 2]), 3)
-      >>> [part.shape for part in found]
-      [(2, 4, 4, 1), (2, 3)]
-
-    Reference: Zhang et al. 2018, "mixup: Beyond empirical risk minimization", with alpha = 1.
-    """
-    key_partner, key_share = jax.random.split(key)
-    partners = jax.random.permutation(key_partner, len(images))
-    share = jax.random.uniform(key_share, (len(images),), images.dtype)
-    wide, narrow = share[:, None, None, None], share[:, None]
-    hot = jax.nn.one_hot(labels, num_classes, dtype=images.dtype)
-    return (wide * images + (1 - wide) * images[partners],
-            narrow * hot + (1 - narrow) * hot[partners])
+        validate.at_least(0, gamma=self.gamma, decay=self.decay)
 
 
 def bounds(params: Params, config: NFTConfig) -> dict[str, float]:
@@ -138,7 +102,7 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     weight = config.gamma / max(1.0, len(images) / classes)
 
     def gradient(key, carried, images, labels):
-        mixed, probabilities = mixup(key, images, labels, classes)
+        mixed, probabilities = mixing.mixup(key, images, labels, classes)
         value, found = jax.value_and_grad(
             lambda m: mask_loss(params, m, mixed, probabilities, weight))(carried.weights)
         return found, carried.batch_stats, value
@@ -146,11 +110,9 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     def settle(masks):
         return {layer: jnp.clip(m, lowest[layer], 1.0) for layer, m in masks.items()}
 
-    tune = tuning.TuneConfig(epochs=config.epochs, batch_size=config.batch_size, crop=config.crop,
-                             flip=config.flip)
     # The masks take the place of the weights: what descends is the same to the scan.
     start = Params(neurons.ones(params).weight, {}, params.arch)
-    found, values = tuning.descend(key, start, images, labels, tune, gradient=gradient,
+    found, values = tuning.descend(key, start, images, labels, config, gradient=gradient,
                                    optimiser=optax.sgd(config.lr, config.momentum), settle=settle)
     purified = neurons.multiply(params, Factors(found.weights, {}))
     return purified, {"loss": values, "masks": found.weights}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from awm_jax import losses, models, validate
-from awm_jax.defences import tuning
+from awm_jax.defences import chunks, tuning
 from awm_jax.defences.base import Defence, Remit
 from awm_jax.types import Params
 
@@ -114,10 +114,7 @@ def natural_gradient(features: jax.Array, errors: jax.Array, pull: jax.Array,
 
 def _features(params: Params, images: jax.Array, batch_size: int) -> jax.Array:
     """``[n, d + 1]`` features in batches, so that their memory is bounded, and a one."""
-    count, size = len(images), min(batch_size, len(images))
-    picks = jnp.arange(-(-count // size) * size).reshape(-1, size) % count
-    found = jax.lax.map(lambda chosen: models.features(params, images[chosen]), picks)
-    found = found.reshape(-1, found.shape[-1])[:count]
+    found = chunks.over_images(lambda x: models.features(params, x), images, batch_size)
     return jnp.concatenate([found, jnp.ones_like(found[:, :1])], axis=1)
 
 
@@ -141,9 +138,8 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     features = _features(params, images, config.batch_size)
     importance = config.eta * fisher_diagonal(features, _errors(start, features, labels))
     damping = config.damping + importance
-    steps_an_epoch = -(-len(images) // min(config.batch_size, len(images)))
-    order = tuning.minibatches(key, len(images), config.batch_size,
-                               -(-config.steps // steps_an_epoch))[:config.steps]
+    epochs = tuning.passes(config.steps, len(images), config.batch_size)
+    order = tuning.minibatches(key, len(images), config.batch_size, epochs)[:config.steps]
     rule = optax.sgd(optax.cosine_decay_schedule(config.lr, config.steps))
 
     def step(carry, picks):

@@ -60,13 +60,6 @@ class RNPConfig(PruneConfig):
         validate.at_least(0, crop=self.crop)
 
 
-def _tune(steps: int, count: int, config: RNPConfig) -> tuning.TuneConfig:
-    """What `tuning.descend` needs to know for so many steps."""
-    epochs = neurons.passes(steps, count, config.batch_size)
-    return tuning.TuneConfig(epochs=epochs, batch_size=config.batch_size, crop=config.crop,
-                             flip=config.flip)
-
-
 def unlearn(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: RNPConfig) -> tuple[Params, jax.Array]:
     """``max_w L(f(x; w), y)`` in training mode, until clean accuracy is down to ``floor``.
@@ -102,9 +95,8 @@ def unlearn(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
         return found, batch_stats, accuracy
 
     rule = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.sgd(config.unlearn_lr))
-    return tuning.descend(key, params, images, labels,
-                          _tune(config.unlearn_steps, len(images), config), gradient=gradient,
-                          optimiser=rule)
+    tune = tuning.for_steps(config.unlearn_steps, len(images), config)
+    return tuning.descend(key, params, images, labels, tune, gradient=gradient, optimiser=rule)
 
 
 def recover(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
@@ -131,7 +123,7 @@ def recover(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     # The masks take the place of the weights: what descends is the same to the scan.
     start = Params(neurons.ones(params).weight, {}, params.arch)
     found, values = tuning.descend(
-        key, start, images, labels, _tune(config.recover_steps, len(images), config),
+        key, start, images, labels, tuning.for_steps(config.recover_steps, len(images), config),
         gradient=gradient, optimiser=optax.sgd(config.recover_lr, config.momentum),
         settle=masking.clip)
     return found.weights, values

@@ -11,14 +11,16 @@ from awm_jax.defences import tuning
 from awm_jax.defences.base import WEIGHTS, Defence
 from awm_jax.types import Params
 
+_each_loss = optax.softmax_cross_entropy_with_integer_labels
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SAUConfig:
-    """Settings of SAU; the defaults are the authors' but for ``batch_size`` and ``crop``, ours.
+class SAUConfig(tuning.MinibatchConfig):
+    """Settings of SAU; the rest are `tuning.MinibatchConfig`'s.
+
+    The defaults are the authors' but for ``batch_size`` and ``crop``, ours.
 
     Args:
-      epochs: passes over the images, >= 1.
-      batch_size: images a step, >= 1; all of them where there are fewer.
       lr: Adam's learning rate, > 0, constant.
       radius: bound on each number of a perturbation, > 0, in units of pixel intensity.
       ascent_lr: step of its signed gradient ascent, > 0, in the same units.
@@ -26,15 +28,11 @@ class SAUConfig:
       fooling: weight of the cross-entropies in the ascent, >= 0.
       sharing: weight there of minus the divergence between the two networks, >= 0.
       unlearning: weight of disagreement beside the clean cross-entropy, >= 0.
-      crop: largest random shift of an image in pixels, >= 0.
-      flip: True if horizontal flips keep the label.
 
     Raises:
       ValueError: a value outside its range.
     """
 
-    epochs: int = 100
-    batch_size: int = 128
     lr: float = 1e-4
     radius: float = 0.2
     ascent_lr: float = 0.2
@@ -42,16 +40,14 @@ class SAUConfig:
     fooling: float = 0.01
     sharing: float = 1.0
     unlearning: float = 1.0
-    crop: int = 2
-    flip: bool = False
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size,
-                          ascent_steps=self.ascent_steps)
+        super().__post_init__()
+        validate.at_least(1, ascent_steps=self.ascent_steps)
         validate.positive(lr=self.lr, radius=self.radius, ascent_lr=self.ascent_lr)
         validate.at_least(0, fooling=self.fooling, sharing=self.sharing,
-                          unlearning=self.unlearning, crop=self.crop)
+                          unlearning=self.unlearning)
 
 
 def jensen_shannon(logits: jax.Array, others: jax.Array) -> jax.Array:
@@ -103,8 +99,8 @@ def shared_examples(params: Params, reference: Params, images: jax.Array, labels
     def objective(delta):
         now, before = (models.apply(p, images + delta) for p in (params, reference))
         answer, former = now.argmax(axis=1), before.argmax(axis=1)
-        away = (jnp.where(answer == labels, _each(now, labels), 0.0)
-                + jnp.where(former == labels, _each(before, labels), 0.0)) / 2
+        away = (jnp.where(answer == labels, _each_loss(now, labels), 0.0)
+                + jnp.where(former == labels, _each_loss(before, labels), 0.0)) / 2
         shared = (answer == former) & (answer != labels)
         apart = jnp.where(shared, 0.0, jensen_shannon(now, before))
         return config.fooling * away.mean() - config.sharing * apart.mean()
@@ -114,11 +110,6 @@ def shared_examples(params: Params, reference: Params, images: jax.Array, labels
         return jnp.clip(delta, -config.radius, config.radius)
 
     return jax.lax.fori_loop(0, config.ascent_steps, step, jnp.full_like(images, config.radius))
-
-
-def _each(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of every row."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
 
 
 def disagreement(logits: jax.Array, answers: jax.Array, labels: jax.Array) -> jax.Array:
@@ -167,9 +158,7 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
         return tuning.plain(loss)(key, current, x, y)
 
-    settings = tuning.TuneConfig(epochs=config.epochs, batch_size=config.batch_size, lr=config.lr,
-                                 crop=config.crop, flip=config.flip)
-    tuned, values = tuning.descend(key, params, images, labels, settings, gradient=gradient,
+    tuned, values = tuning.descend(key, params, images, labels, config, gradient=gradient,
                                    optimiser=optax.adam(config.lr))
     return tuned, {"loss": values}
 

@@ -82,10 +82,8 @@ def learn_masks(key: jax.Array, params: Params, images: jax.Array, labels: jax.A
             key, loss, carried.weights, eps=config.eps, alpha=config.alpha, project=True)
         return found, carried.batch_stats, value
 
-    epochs = neurons.passes(config.steps, len(images), config.batch_size)
     schedule = optax.piecewise_constant_schedule(config.lr, {config.steps // 2: 0.1})
-    tune = tuning.TuneConfig(epochs=epochs, batch_size=config.batch_size, crop=config.crop,
-                             flip=config.flip)
+    tune = tuning.for_steps(config.steps, len(images), config)
     masks = masking.init(params.weights, config.layers)
     # The masks take the place of the weights: what descends is the same to the scan.
     found, values = tuning.descend(

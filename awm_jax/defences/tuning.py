@@ -19,15 +19,12 @@ Gradient = Callable[[jax.Array, Params, jax.Array, jax.Array], tuple[Any, Any, j
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """Settings shared by all that fine-tunes with stochastic gradient descent.
+class MinibatchConfig:
+    """How clean images are gone through, whatever is learnt from them.
 
     Args:
       epochs: passes over the clean images, >= 1.
       batch_size: images a step, >= 1; all of them where there are fewer.
-      lr: learning rate, > 0, falling to zero along a cosine.
-      momentum: in [0, 1].
-      weight_decay: coefficient of the weights added to their gradient, >= 0.
       crop: largest random shift of an image in pixels, >= 0.
       flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
 
@@ -37,18 +34,38 @@ class TuneConfig:
 
     epochs: int = 100
     batch_size: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
     crop: int = 2
     flip: bool = False
 
     def __post_init__(self):
         """Checks every range before any work starts."""
         validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        validate.at_least(0, crop=self.crop)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig(MinibatchConfig):
+    """Settings of stochastic gradient descent; the rest are `MinibatchConfig`'s.
+
+    Args:
+      lr: learning rate, > 0, falling to zero along a cosine.
+      momentum: in [0, 1].
+      weight_decay: coefficient of the weights added to their gradient, >= 0.
+
+    Raises:
+      ValueError: a value outside its range.
+    """
+
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self):
+        """Checks every range before any work starts."""
+        super().__post_init__()
         validate.positive(lr=self.lr)
         validate.between(0.0, 1.0, momentum=self.momentum)
-        validate.at_least(0, weight_decay=self.weight_decay, crop=self.crop)
+        validate.at_least(0, weight_decay=self.weight_decay)
 
 
 def minibatches(key: jax.Array, count: int, batch_size: int, epochs: int) -> jax.Array:
@@ -75,6 +92,27 @@ def minibatches(key: jax.Array, count: int, batch_size: int, epochs: int) -> jax
         return order[jnp.arange(steps * size) % count].reshape(steps, size)
 
     return jax.vmap(epoch)(jax.random.split(key, epochs)).reshape(epochs * steps, size)
+
+
+def passes(steps: int, count: int, batch_size: int) -> int:
+    """How many passes over ``count`` images hold at least so many steps of `descend`.
+
+    Example:
+      >>> passes(2000, 500, 128)
+      500
+    """
+    return -(-steps // -(-count // min(batch_size, count)))
+
+
+def for_steps(steps: int, count: int, config: Any) -> MinibatchConfig:
+    """Passes over ``count`` images that hold so many steps, all else as ``config`` has it.
+
+    Example:
+      >>> for_steps(2000, 500, MinibatchConfig()).epochs
+      500
+    """
+    return MinibatchConfig(epochs=passes(steps, count, config.batch_size),
+                           batch_size=config.batch_size, crop=config.crop, flip=config.flip)
 
 
 def sgd(config: TuneConfig, steps: int) -> optax.GradientTransformation:
@@ -106,7 +144,7 @@ def plain(loss: Loss) -> Gradient:
 
 
 def descend(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
-            config: TuneConfig, *, gradient: Gradient | None = None,
+            config: MinibatchConfig, *, gradient: Gradient | None = None,
             optimiser: optax.GradientTransformation | None = None,
             settle: Callable[[Any], Any] | None = None) -> tuple[Params, jax.Array]:
     """``w <- w - lr * gradient(w)`` over shuffled minibatches, as one scan.
@@ -116,20 +154,28 @@ def descend(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
       params: where to start.
       images: ``[n, H, W, C]`` float32 in [0, 1].
       labels: ``[n]`` int32.
-      config: how long and how fast.
+      config: how long; a `TuneConfig` also says how fast, which takes no ``optimiser`` then.
       gradient: what is followed; by default that of the cross-entropy in training mode.
-      optimiser: by default `sgd`.
+      optimiser: by default `sgd` as the `TuneConfig` has it.
       settle: applied to the weights after every step (a projection, a mask of pruned channels).
 
     Returns:
       ``(params, losses [steps])``.
+
+    Raises:
+      TypeError: neither an optimiser nor a `TuneConfig`.
 
     Example: see `awm_jax.defences.fine_tune`.
     """
     key_order, key_steps = jax.random.split(key)
     order = minibatches(key_order, len(images), config.batch_size, config.epochs)
     gradient = plain(cross_entropy) if gradient is None else gradient
-    rule = sgd(config, len(order)) if optimiser is None else optimiser
+    if optimiser is not None:
+        rule = optimiser
+    elif isinstance(config, TuneConfig):
+        rule = sgd(config, len(order))
+    else:
+        raise TypeError(f"Expected an optimiser beside config={config}, or a TuneConfig.")
 
     def step(carry, inputs):
         (params, opt_state), (picks, key) = carry, inputs

@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
+import optax
 
 from awm_jax import validate
 from awm_jax.defences import tuning
@@ -54,8 +54,7 @@ def penalised(loss: tuning.Loss, gamma: float) -> tuning.Loss:
 
     def total(key, params, images, labels):
         value, batch_stats = loss(key, params, images, labels)
-        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params.weights))
-        return value + gamma * squares, batch_stats
+        return value + gamma * optax.tree.norm(params.weights, squared=True), batch_stats
 
     return total
 

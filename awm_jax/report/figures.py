@@ -86,3 +86,43 @@ def mask_histogram(path: str | os.PathLike, layers: Mapping[str, np.ndarray]) ->
     axis.set_xticks(range(10), [f"{low:.1f}" for low in _BINS[:-1]], fontsize=8)
     axis.set_xlabel("mask value from, in steps of 0.1; percentage of a layer's weights")
     _save(figure, path)
+
+
+def proportions(path: str | os.PathLike, panels: Mapping[str, np.ndarray], target: int | None,
+                title: str) -> None:
+    """Draws the share of the predictions each class gets (AWM's Figure 1, ANP's Figure 9).
+
+    Args:
+      path: the PNG.
+      panels: names to shares ``[seeds, c]`` in [0, 1]; means are bars, standard deviations lines.
+      target: the attacker's class, drawn red; None for all-to-all.
+      title: shown on top.
+
+    Raises:
+      ValueError: no panels, or shares of another rank.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels or any(np.ndim(shares) != 2 for shares in panels.values()):
+        raise ValueError("Expected shares of shape [seeds, classes], got "
+                         + (", ".join(f"{name} {np.shape(s)}" for name, s in panels.items())
+                            or "nothing"))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.4 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis, (name, shares) in zip(axes.flat, panels.items(), strict=False):
+        percent = 100 * np.asarray(shares)
+        classes = np.arange(percent.shape[1])
+        axis.bar(classes, percent.mean(axis=0), yerr=percent.std(axis=0), width=0.9,
+                 color=["tab:red" if c == target else "tab:blue" for c in classes],
+                 error_kw={"elinewidth": 0.8})
+        axis.set_title(name, fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("% of predictions")
+    for axis in axes[-1]:
+        axis.set_xlabel("class" + ("" if target is None else f" (attacker's {target} in red)"))
+    for axis in list(axes.flat)[len(panels):]:
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)

@@ -6,21 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_networks import NETWORKS, Reference, network
+from small_networks import Reference, network
 
 from awm_jax import models
 from awm_jax.defences import anp, neurons
 from awm_jax.defences.anp import ANPConfig, learn_masks, prediction_proportions
 
 _proportions = jax.jit(prediction_proportions, static_argnames=("eps", "steps"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _known():
-    models.MODELS.update(NETWORKS)
-    yield
-    for name in NETWORKS:
-        del models.MODELS[name]
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_pruned_rows_are_a_silent_channel(tiny, data):
         return jnp.where(pruned, 0.0, leaf) if path.startswith("bn2/") else leaf
 
     silent = dataclasses.replace(tiny, weights=map_weights(silence, tiny.weights))
-    cut = dataclasses.replace(tiny, weights=prune(tiny.weights, "dense", pruned))
+    cut = dataclasses.replace(tiny, weights=prune(tiny.weights, pruned))
     np.testing.assert_allclose(models.apply(cut, data[0]), models.apply(silent, data[0]), atol=1e-5)
     assert not np.allclose(models.apply(cut, data[0]), models.apply(tiny, data[0]), atol=1e-2)
 
@@ -83,9 +83,9 @@ def test_accuracies_are_those_of_the_pruned_network(name, tiny, data, monkeypatc
     dense = params.weights["dense"]
     wanted = []
     for count in counts:
-        cut = dataclasses.replace(params, weights=prune(params.weights, found.path, ranks < count))
+        cut = dataclasses.replace(params, weights=prune(params.weights, ranks < count))
         wanted.append(float((models.apply(cut, images).argmax(axis=1) == labels).mean()))
-    np.testing.assert_allclose(_accuracies(found, labels, dense, ranks, counts), wanted)
+    np.testing.assert_allclose(_accuracies(found.inputs, labels, dense, ranks, counts), wanted)
     assert len(set(wanted)) > 2
     logits = found.inputs @ dense["kernel"] + dense["bias"][None]
     np.testing.assert_allclose(logits, models.apply(params, images), atol=1e-5)

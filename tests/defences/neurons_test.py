@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from awm_jax import models
 from awm_jax.defences import neurons
+from awm_jax.defences.base import by_path
 from awm_jax.defences.neurons import Factors, PruneConfig
 from awm_jax.types import Arch
 
@@ -103,7 +104,7 @@ def _masks(bn1):
 
 def _changed_scales(tiny, pruned):
     """Which scales differ, after seeing that nothing else does and that those are zero."""
-    before, after = neurons._paths(tiny.weights), neurons._paths(pruned.weights)
+    before, after = by_path(tiny.weights), by_path(pruned.weights)
     moved = {}
     for path in before:
         differs = np.asarray(before[path] != after[path])
@@ -203,9 +204,3 @@ def test_hold_out_only_where_asked():
 def test_settings_are_checked(settings, word):
     with pytest.raises(ValueError, match=word):
         PruneConfig(**settings)
-
-
-@pytest.mark.parametrize("steps, count, batch, passes", [
-    (2000, 500, 128, 500), (2000, 43, 128, 2000), (3, 129, 128, 2), (1, 1, 1, 1)])
-def test_passes(steps, count, batch, passes):
-    assert neurons.passes(steps, count, batch) == passes

@@ -4,32 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_networks import NETWORKS, Reference, network
+from small_networks import Reference, network
 
 from awm_jax import models
+from awm_jax.data import mixing
 from awm_jax.defences import nft
-from awm_jax.defences.nft import NFTConfig, bounds, mask_loss, mixup
+from awm_jax.defences.nft import NFTConfig, bounds, mask_loss
 from awm_jax.types import Arch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _known():
-    models.MODELS.update(NETWORKS)
-    yield
-    for name in NETWORKS:
-        del models.MODELS[name]
-
-
-def test_mixup_mixes_images_and_labels_alike():
-    """Each image is a one-hot vector of its label, so both parts must come out the same."""
-    labels = jnp.arange(8) % 5
-    images = jax.nn.one_hot(labels, 5)[:, None, None, :]
-    mixed, probabilities = mixup(jax.random.key(0), images, labels, 5)
-    np.testing.assert_allclose(mixed[:, 0, 0], probabilities, rtol=1e-6)
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
-    share = np.take_along_axis(np.asarray(probabilities), np.asarray(labels)[:, None], 1)[:, 0]
-    assert ((share > 0) & (share <= 1)).all() and share.std() > 0.1
-    assert (np.count_nonzero(np.asarray(probabilities) > 1e-6, axis=1) == 2).any()
 
 
 def test_bounds_fall_with_depth():
@@ -60,7 +41,7 @@ def test_masks_are_pytorchs(x64, tiny_batch, monkeypatch, gamma):
     params.weights["bn"]["scale"] = params.weights["bn"]["scale"] * 2
     reference = Reference(params, tiny_batch)
     torch = reference.torch
-    monkeypatch.setitem(nft.method.__globals__, "mixup", _unmixed)
+    monkeypatch.setattr(mixing, "mixup", _unmixed)
     config = NFTConfig(epochs=6, crop=0, gamma=gamma, lr=0.5)
     outcome = nft._jitted(jax.random.key(0), params, jnp.asarray(tiny_batch.images, float),
                           jnp.asarray(tiny_batch.labels), config)

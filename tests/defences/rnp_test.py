@@ -4,19 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_networks import NETWORKS, Reference, network
+from small_networks import Reference, network
 
-from awm_jax import models
 from awm_jax.defences import rnp
 from awm_jax.defences.rnp import RNPConfig, recover, unlearn
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _known():
-    models.MODELS.update(NETWORKS)
-    yield
-    for name in NETWORKS:
-        del models.MODELS[name]
 
 
 def _data(batch):

@@ -1,0 +1,136 @@
+"""What a network predicts once its neurons are perturbed: AWM's Figure 1, ANP's Figures 8 and 9.
+
+    python -m experiments.proportions --dataset=gtsrb --data_dir DIR --samples one-shot,500 --benign
+
+With enough clean images the attacker's class draws most of the predictions that move; with one of
+each class, or in a small network, it need not. `--benign` puts a network without a backdoor beside.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from awm_jax import data
+from awm_jax.defences.anp import prediction_proportions
+from awm_jax.report import figures
+from experiments import cli, networks, results, scene
+from experiments.scene import Scene
+
+
+def _bound(text: str) -> float:
+    """A number > 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _list(parse, what: str):
+    """A comma-separated list of values."""
+
+    def several(text: str) -> tuple:
+        try:
+            return tuple(parse(part) for part in text.split(","))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from error
+
+    return several
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = cli.scene_parser("python -m experiments.proportions",
+                         "Perturb a network's neurons and report what it predicts.")
+    how = p.add_argument_group("perturbation")
+    how.add_argument("--samples", type=_list(cli.samples, "'one-shot' or numbers > 0"),
+                     default=("one-shot", 500), metavar="N[,N...]",
+                     help="clean images it is found on (default: one-shot,500)")
+    how.add_argument("--eps", type=_list(_bound, "numbers > 0"), default=(0.1, 0.2, 0.4),
+                     metavar="E[,E...]", help="bounds relative to the weights "
+                     "(default: .1,.2,.4)")
+    how.add_argument("--steps", type=cli.positive, default=1, help="sign steps (default: 1)")
+    how.add_argument("--seeds", type=cli.positive, default=5,
+                     help="draws of images and starts (default: %(default)s)")
+    how.add_argument("--benign", action="store_true",
+                     help="a network without a backdoor, trained alike, beside each")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/proportions"),
+                   help="directory of results.json and the pictures (default: %(default)s)")
+    return p
+
+
+_proportions = jax.jit(prediction_proportions, static_argnames=("eps", "steps"))
+
+
+def measure(on_stage: Scene, samples: str | int, eps: float, steps: int, seeds: int) -> dict:
+    """One network, one number of images, one bound: every seed's shares and error rate."""
+    found = []
+    for seed in range(seeds):
+        batch, _ = on_stage.clean(seed, samples)
+        found.append(_proportions(jax.random.key(seed), on_stage.params, batch.images,
+                                  batch.labels, eps=eps, steps=steps))
+    shares = np.stack([one.shares for one in found])
+    return {"network": on_stage.name, "samples": samples, "eps": eps, "steps": steps,
+            "target": on_stage.attack.target, "shares": shares,
+            "error_rate": [float(one.error_rate) for one in found]}
+
+
+def _benign(on_stage: Scene) -> Scene:
+    """The same stage with a network trained on clean images."""
+    spec = on_stage.spec
+    if spec is None:
+        raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
+                         "is not known.")
+    params = networks.get_network(networks.benign(spec, spec.epochs), on_stage.dataset,
+                                  data.cache_directory() / "networks")
+    return dataclasses.replace(on_stage, name="benign", params=params)
+
+
+def _table(rows: list[dict]) -> str:
+    """One row a network, number of images and bound, in percent."""
+    lines = ["| network | images | eps | error rate | attacker's class | largest class |",
+             "|---|---|---|---|---|---|"]
+    for row in rows:
+        shares = 100 * np.asarray(row["shares"])
+        target = "-" if row["target"] is None else results.mean_std(shares[:, row["target"]])
+        largest = int(shares.mean(axis=0).argmax())
+        lines.append(
+            f"| {row['network']} | {row['samples']} | {row['eps']:g} | "
+            f"{results.mean_std(100 * np.asarray(row['error_rate']))} | {target} | "
+            f"{results.mean_std(shares[:, largest])} ({largest}) |")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The whole job; returns the rows of results.json."""
+    dataset = cli.load(args)
+    rows: list[dict] = []
+    for attack in args.attack:
+        attacked = scene.make(attack, args, dataset, data.cache_directory() / "networks")
+        for on_stage in (attacked, _benign(attacked)) if args.benign else (attacked,):
+            mine = [measure(on_stage, samples, eps, args.steps, args.seeds)
+                    for samples in args.samples for eps in args.eps]
+            stem = attacked.name.replace(":", "-") + ("-benign" if on_stage is not attacked else "")
+            figures.proportions(
+                args.out / f"{stem}.png",
+                {f"{row['samples']} images, eps {row['eps']:g}": row["shares"] for row in mine},
+                attacked.attack.target, f"{on_stage.name}: predictions of the perturbed network")
+            rows += mine
+            print(_table(mine), flush=True)
+    results.write_json(args.out / "results.json", {"versions": results.versions(), "rows": rows})
+    (args.out / "table.md").write_text(_table(rows) + "\n")
+    print(f"Everything is in {args.out}/ (results.json, table.md, pictures).")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = _parser().parse_args(argv)
+    return cli.run("experiments.proportions", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The command that perturbs neurons and reports what the network predicts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import proportions
+
+ARGV = ["--epochs", "1", "--samples", "20", "--eps", ".4", "--seeds", "2"]
+
+
+def test_measures_the_suspect_and_a_benign_network(tiny_dataset, capsys):
+    out = tiny_dataset / "run"
+    assert proportions.main([*ARGV, "--benign", "--out", str(out)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["network"], row["samples"]) for row in rows] == [
+        ("badnets", 20), ("benign", 20)]
+    for row in rows:
+        shares = np.asarray(row["shares"])
+        assert shares.shape == (2, 10) and row["eps"] == 0.4
+        np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
+        assert (shares[0] != shares[1]).any()  # another draw, another start
+    assert rows[0]["shares"] != rows[1]["shares"]
+    assert (out / "badnets.png").stat().st_size > 0
+    assert (out / "badnets-benign.png").stat().st_size > 0
+    assert capsys.readouterr().out.count("| badnets | 20 | 0.4 |") == 1
+
+
+def test_table_by_hand():
+    row = {"network": "a", "samples": 4, "eps": 0.5, "target": 1,
+           "shares": [[0.0, 0.25, 0.75], [0.0, 0.75, 0.25]], "error_rate": [0.5, 0.5]}
+    line = "| a | 4 | 0.5 | 50.00±0.00 | 50.00±35.36 | 50.00±35.36 (1) |"
+    assert line in proportions._table([row])
+    assert "| 50.00±0.00 | - |" in proportions._table([{**row, "target": None}])
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--samples", "one-shot,0"], "numbers"), (["--eps", "a"], "numbers > 0"),
+    (["--eps", ".1,0"], "numbers > 0"), (["--eps", "nan"], "numbers > 0"),
+    (["--steps", "0"], "whole number")])
+def test_wrong_values_get_one_line(argv, word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        proportions.main(argv)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1 and word in err

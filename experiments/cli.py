@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from awm_jax import attacks, data, models
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
@@ -29,14 +31,14 @@ def positive(text: str) -> int:
 
 
 def _rate(text: str) -> float:
-    """A share strictly between 0 and 1."""
+    """A share over 0 and up to 1."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if 0 < value < 1:
+    if 0 < value <= 1:
         return value
-    raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number over 0, up to 1, got {text!r}")
 
 
 def several(choices, what: str):
@@ -53,6 +55,11 @@ def several(choices, what: str):
         return names
 
     return parse
+
+
+def attacks_of(text: str) -> tuple[str, ...]:
+    """Names of attacks, or one of the two groups."""
+    return attacks.AWM_ATTACKS if text == "awm" else several(attacks.ATTACKS, "attack")(text)
 
 
 def _defences(text: str) -> tuple[str, ...]:
@@ -110,11 +117,20 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> Dataset:
-    """`check`, then the data set of ``--dataset``; ValueError for a class it does not have."""
+    """`check`, then the data set of ``--dataset``.
+
+    Raises:
+      ValueError: an attack that does not go with this data set's images, its classes, or
+        ``--target``; said before anything is trained.
+    """
     check(args)
     dataset = data.load(args.dataset, data_dir=args.data_dir)
     if args.target is not None and not 0 <= args.target < dataset.num_classes:
         raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
+    if args.trigger is None:
+        for name in args.attack:  # from random starts, which takes no surrogate and no time
+            attacks.make(name, jax.random.key(0), dataset.train_images.shape[1:],
+                         dataset.num_classes, target=args.target)
     return dataset
 
 
@@ -129,11 +145,13 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     net = p.add_argument_group("network and attack")
     net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg",
                      help="architecture (default: %(default)s)")
-    net.add_argument("--attack", type=several(attacks.ATTACKS, "attack"), default=("badnets",),
-                     metavar="NAME[,NAME...]|all",
-                     help=f"one or more of: {', '.join(attacks.ATTACKS)} (default: badnets)")
-    net.add_argument("--poison_rate", type=_rate, default=0.05,
-                     help="share of training images that are poisoned (default: %(default)s)")
+    net.add_argument("--attack", type=attacks_of, default=("badnets",),
+                     metavar="NAME[,NAME...]|awm|all",
+                     help=f"one or more of: {', '.join(attacks.ATTACKS)}; 'awm' are the six of the "
+                     "AWM paper's main tables (default: badnets)")
+    net.add_argument("--poison_rate", type=_rate,
+                     help="share of the training images that are poisoned, of a clean-label attack "
+                     "a share of the target class's (default: the attack's paper's, mostly .05)")
     net.add_argument("--epochs", type=positive, help="training epochs (default: by data set)")
     net.add_argument("--network_seed", type=int, default=0,
                      help="seed of trigger, poisoning and training (default: %(default)s)")
@@ -142,10 +160,13 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
                      "PyTorch .pth file or an Orbax directory; --attack or --trigger says what "
                      "to test")
     net.add_argument("--trigger", type=pathlib.Path,
-                     help="PNG of the trigger, as large as the images, instead of --attack's own")
-    net.add_argument("--trigger_mode", choices=("add", "stamp"), default="add",
-                     help="add the PNG and clip, or paste its non-black pixels "
+                     help="PNG of the trigger instead of --attack's own; as large as the images, "
+                     "or of any size to be mixed in")
+    net.add_argument("--trigger_mode", choices=("add", "stamp", "blend"), default="add",
+                     help="add the PNG and clip, paste its non-black pixels, or mix it in "
                      "(default: %(default)s)")
+    net.add_argument("--blend_ratio", type=_rate, default=0.1,
+                     help="its share of the mixture (default: %(default)s)")
     net.add_argument("--target", type=int,
                      help="the class the trigger leads to (default: the attack's own)")
     return p

@@ -12,6 +12,7 @@ import numpy as np
 
 from awm_jax import checkpoint, metrics
 from awm_jax import masks as masking
+from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
 from awm_jax.defences.awm_config import VARIANTS
@@ -161,8 +162,9 @@ def _pictures(scene: Scene, found: Purified, curve: dict, name: str,
         "trigger_loss": found.history["trigger_loss"]}, f"{scene.name}, {name}")
     layers = {k: np.asarray(v) for k, v in masking.by_layer(found.masks).items()}
     figures.mask_histogram(folder / f"{stem}-masks.png", layers)
+    true = scene.attack.trigger  # a warp has no pattern to show
     pictures.recovered_trigger(folder / f"{stem}-trigger.png", found.trigger,
-                               np.asarray(scene.attack.trigger.pattern))
+                               np.asarray(true.pattern) if isinstance(true, Trigger) else None)
 
 
 def show_attack(scene: Scene, folder: pathlib.Path) -> None:

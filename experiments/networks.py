@@ -1,6 +1,7 @@
 """Backdoored networks: trained once, cached by configuration and seed, resumed when interrupted."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -26,7 +27,8 @@ class NetworkSpec:
       dataset: name of the data set.
       arch: name of the architecture.
       attack: name of the attack, or None for a clean network.
-      rate: share of the training images that are poisoned, in (0, 1).
+      rate: share of the training images that are poisoned, in (0, 1]; of the target class's where
+        the attack is clean-label.
       epochs: training epochs.
       seed: seed of the trigger, the poisoned images and the training.
     """
@@ -51,18 +53,20 @@ def benign(spec: NetworkSpec, epochs: int) -> NetworkSpec:
     return dataclasses.replace(spec, attack=None, rate=0.0, epochs=epochs)
 
 
-def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path) -> Attack:
+def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
+                target: int | None = None) -> Attack:
     """The attack of a spec; triggers found by optimisation get their surrogate network first."""
     assert spec.attack is not None
     key = jax.random.key(spec.seed)
-    shape = dataset.train_images.shape[1:]
-    if spec.attack == "badnets":
-        return attacks.make(spec.attack, key, shape, dataset.num_classes)
+    make = functools.partial(attacks.make, spec.attack, key, dataset.train_images.shape[1:],
+                             dataset.num_classes, target=target)
+    if spec.attack not in attacks.ON_SURROGATE:
+        return make()
     surrogate = benign(spec, PRESETS[spec.dataset].surrogate_epochs)
     params = get_network(surrogate, dataset, cache)
     picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
     images = dataset.train_images[picks].astype(np.float32) / 255.0
-    return attacks.make(spec.attack, key, shape, dataset.num_classes, params=params, images=images)
+    return make(params=params, images=images)
 
 
 def training_set(spec: NetworkSpec, dataset: Dataset,
@@ -71,7 +75,7 @@ def training_set(spec: NetworkSpec, dataset: Dataset,
     images, labels = dataset.train_images, dataset.train_labels
     if attack is not None:
         key = jax.random.split(jax.random.key(spec.seed))[0]
-        images, labels, _ = attacks.poison(key, attack, images, labels, spec.rate)
+        images, labels = attacks.poison(key, attack, images, labels, spec.rate)[:2]
     return np.asarray(images), np.asarray(labels)
 
 

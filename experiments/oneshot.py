@@ -101,7 +101,7 @@ def run(args) -> dict:
 def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
     """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
     epochs = args.epochs or PRESETS[args.dataset].epochs
-    network = args.checkpoint or f"e{epochs}-p{args.poison_rate}-s{args.network_seed}"
+    network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"
     settings = f"{defence}-{defending.fingerprint(defence, args, dataset)}-{args.samples}"

@@ -80,6 +80,30 @@ def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     return params
 
 
+def rate(name: str, args) -> float:
+    """The poison rate of the command, or the attack's own."""
+    return attacks.poison_rate(name) if args.poison_rate is None else args.poison_rate
+
+
+def attack_of(name: str, args, dataset: Dataset,
+              cache: pathlib.Path) -> tuple[Attack, networks.NetworkSpec]:
+    """An attack as the command wants it, and how its network is trained."""
+    spec = networks.NetworkSpec(
+        dataset=args.dataset, arch=args.arch, attack=name, rate=rate(name, args),
+        epochs=args.epochs or PRESETS[args.dataset].epochs, seed=args.network_seed)
+    if args.trigger is not None:
+        shape = dataset.train_images.shape[1:]
+        trigger = attacks.trigger_from_png(args.trigger, shape, mode=args.trigger_mode,
+                                           ratio=args.blend_ratio)
+        attack = Attack(args.trigger.stem, trigger, args.target, dataset.num_classes)
+        mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
+        return attack, dataclasses.replace(spec, attack=f"{attack.name}-{mode}-{args.target}")
+    attack = networks.make_attack(spec, dataset, cache, args.target)
+    if args.target is not None:
+        spec = dataclasses.replace(spec, attack=f"{name}-{args.target}")
+    return attack, spec
+
+
 def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
     """The network that carries one attack, trained or loaded.
 
@@ -92,20 +116,7 @@ def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
     Returns:
       `Scene`.
     """
-    spec = networks.NetworkSpec(
-        dataset=args.dataset, arch=args.arch, attack=name, rate=args.poison_rate,
-        epochs=args.epochs or PRESETS[args.dataset].epochs, seed=args.network_seed)
-    shape = dataset.train_images.shape[1:]
-    if args.trigger is not None:
-        trigger = attacks.trigger_from_png(args.trigger, shape, mode=args.trigger_mode)
-        attack = Attack(args.trigger.stem, trigger, args.target, dataset.num_classes)
-        spec = dataclasses.replace(
-            spec, attack=f"{attack.name}-{args.trigger_mode}-{args.target}")
-    else:
-        attack = networks.make_attack(spec, dataset, cache)
-        if args.target is not None:
-            attack = dataclasses.replace(attack, target=args.target)
-            spec = dataclasses.replace(spec, attack=f"{name}-{args.target}")
+    attack, spec = attack_of(name, args, dataset, cache)
     split = splits.defender_split(dataset)
     if args.checkpoint is not None:
         params = _checkpoint_params(args.checkpoint, args, dataset)

@@ -24,6 +24,55 @@ def test_badnets_pixels():
     assert attack.target == 8
 
 
+def test_checkerboard_and_all_to_all_square():
+    grey = np.full((1, 32, 32, 3), 0.25, np.float32)
+    out = np.asarray(attacks.make("badnets_checkerboard", KEY, SHAPE, 10).apply(grey))[0]
+    expected = np.full(SHAPE, 0.25)
+    expected[29:, 29:] = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]])[..., None]
+    np.testing.assert_array_equal(out, expected)
+    one, other = (attacks.make(n, KEY, SHAPE, 10) for n in ("badnets", "badnets_a2a"))
+    np.testing.assert_array_equal(one.apply(grey), other.apply(grey))
+
+
+def test_blending_by_hand():
+    picture = jnp.array([1.0, 0.0]).reshape(1, 2, 1)
+    out = attacks.blend(picture, 0.25)(jnp.array([0.4, 0.8]).reshape(1, 1, 2, 1))
+    np.testing.assert_allclose(out.ravel(), [0.75 * 0.4 + 0.25, 0.75 * 0.8], rtol=1e-6)
+    for ratio in (0.0, 1.5, np.nan):
+        with pytest.raises(ValueError, match="ratio"):
+            attacks.blend(picture, ratio)
+
+
+@pytest.mark.parametrize("name, mean, std", [
+    ("blended", 0.5, 12**-0.5), ("blended_gaussian", 0.5, 0.25)])
+def test_noise_is_a_fifth_of_the_mixture(name, mean, std):
+    one, same, other = (attacks.make(name, jax.random.key(k), SHAPE, 10) for k in (0, 0, 1))
+    noise = np.asarray(one.apply(np.zeros((1, *SHAPE), np.float32)))[0] / 0.2
+    assert noise.min() >= 0 and noise.max() <= 1 + 1e-6
+    # 3,072 values: five standard errors; clipping the Gaussian at two deviations takes 5% off.
+    assert abs(noise.mean() - mean) < 5 * std / 3072**0.5 and abs(noise.std() / std - 1) < 0.08
+    np.testing.assert_array_equal(one.trigger.pattern, same.trigger.pattern)
+    assert not np.array_equal(one.trigger.pattern, other.trigger.pattern)
+
+
+def test_sig_is_its_formula():
+    attack = attacks.make("sig", KEY, (4, 32, 3), 10)
+    out = np.asarray(attack.apply(np.full((1, 4, 32, 3), 0.5, np.float32)))[0]
+    for i, j, c in np.ndindex(4, 32, 3):
+        expected = 0.5 + 40 / 255 * np.sin(2 * np.pi * j * 6 / 32)
+        assert out[i, j, c] == pytest.approx(expected, abs=1e-5)
+    assert np.asarray(attack.apply(np.ones((1, 4, 32, 3), np.float32))).max() == 1.0
+
+
+def test_rates_and_groups():
+    assert {name: attacks.poison_rate(name) for name in attacks.ATTACKS if
+            attacks.poison_rate(name) != 0.05} == {
+        "blended_gaussian": 0.01, "sig": 0.8, "wanet": 0.1, "wanet_a2a": 0.1}
+    assert set(attacks.AWM_ATTACKS) | set(attacks.ON_SURROGATE) <= set(attacks.ATTACKS)
+    with pytest.raises(ValueError, match="badnets"):
+        attacks.poison_rate("nothing")
+
+
 # Support and norm of the published triggers (guides/peers.md).
 @pytest.mark.parametrize("name, rows, columns, pixels, norm", [
     ("trojan_sq", (21, 29), (21, 29), 81, 8.66), ("trojan_wm", (0, 29), (0, 29), 321, 8.74),
@@ -87,8 +136,10 @@ def test_optimised_triggers_differ_from_their_random_start(small_params):
     assert logit(found.trigger) > logit(start.trigger)
 
 
-PUBLISHED_TARGETS = {"badnets": 8, "trojan_sq": 2, "trojan_wm": 2, "l0_inv": 0, "l2_inv": 0,
-                     "trojan_a2a": None}
+PUBLISHED_TARGETS = {
+    "badnets": 8, "trojan_sq": 2, "trojan_wm": 2, "l0_inv": 0, "l2_inv": 0, "trojan_a2a": None,
+    "badnets_a2a": None, "badnets_checkerboard": 0, "blended": 0, "blended_gaussian": 0, "sig": 0,
+    "wanet": 0, "wanet_a2a": None}
 
 
 def test_targets_default_to_the_published_ones():
@@ -180,12 +231,13 @@ def test_sizes_and_targets_are_checked():
         attacks.make("l2_inv", KEY, (6, 6, 3), 10)
     with pytest.raises(ValueError, match="target=8"):
         attacks.make("badnets", KEY, SHAPE, 5)
-    for name in ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv"):
+    for name, published in PUBLISHED_TARGETS.items():
         for target in (10, -1):
-            with pytest.raises(ValueError, match=f"target={target} in 0..9"):
+            match = "no target" if published is None else f"target={target} in 0..9"
+            with pytest.raises(ValueError, match=match):
                 attacks.make(name, KEY, SHAPE, 10, target=target)
-    with pytest.raises(ValueError, match="no target"):
-        trojan.trojan_a2a(KEY, SHAPE, 10, target=1)
+    with pytest.raises(ValueError, match="3x3"):
+        attacks.make("badnets_checkerboard", KEY, (2, 32, 3), 10)
     assert trojan.trojan_a2a(KEY, SHAPE, 2).relabel(np.array([0, 1])).tolist() == [1, 0]
     with pytest.raises(ValueError, match="l0_inv"):
         attacks.make("badnet", KEY, SHAPE, 10)
@@ -205,75 +257,8 @@ def test_the_surrogate_and_its_images_are_checked(images, classes, error, match)
                      apply_fn=_colours)
 
 
-@pytest.mark.parametrize("name", list(attacks.ATTACKS))
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_poisoning_counts_and_labels(name, dtype):
-    attack = attacks.make(name, KEY, SHAPE, 10)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, *SHAPE)).astype(np.uint8)
-    if dtype == np.float32:
-        images = (images / 255).astype(np.float32)
-    labels = rng.integers(0, 10, 60).astype(np.int32)
-    out, new, poisoned = attacks.poison(KEY, attack, images, labels, 0.15)
-    assert poisoned.sum() == 9 and out.dtype == dtype and new.dtype == labels.dtype
-    np.testing.assert_array_equal(out[~poisoned], images[~poisoned])
-    np.testing.assert_array_equal(new[~poisoned], labels[~poisoned])
-    expected = (labels + 1) % 10 if attack.target is None else np.full(60, attack.target)
-    np.testing.assert_array_equal(new[poisoned], expected[poisoned])
-    assert (labels[poisoned] != new[poisoned]).all()
-    scale = 255 if dtype == np.uint8 else 1
-    triggered = np.asarray(attack.apply(images[poisoned].astype(np.float32) / scale)) * scale
-    np.testing.assert_allclose(out[poisoned], triggered, atol=0.51 if scale == 255 else 1e-6)
-
-
-def test_poisoning_is_decided_by_the_key_and_bounded():
-    attack = attacks.make("badnets", KEY, SHAPE, 10)
-    images, labels = np.zeros((40, *SHAPE), np.uint8), np.arange(40, dtype=np.int32) % 10
-
-    def picks(seed):
-        return attacks.poison(jax.random.key(seed), attack, images, labels, 0.2)[2]
-
-    np.testing.assert_array_equal(picks(1), picks(1))
-    assert not np.array_equal(picks(1), picks(2))
-    with pytest.raises(ValueError, match="36 images outside"):
-        attacks.poison(KEY, attack, images, labels, 0.95)
-    with pytest.raises(ValueError, match=r"rate=1\.5"):
-        attacks.poison(KEY, attack, images, labels, 1.5)
-
-
-def test_poisoning_all_outside_the_target_class_never_takes_one_in_it():
-    attack = attacks.make("badnets", KEY, SHAPE, 10)
-    images, labels = np.zeros((20, *SHAPE), np.uint8), np.arange(20, dtype=np.int32) % 10
-    _, new, poisoned = attacks.poison(KEY, attack, images, labels, 0.9)
-    np.testing.assert_array_equal(poisoned, labels != 8)
-    assert (new == 8).all()
-    everyone = attacks.make("trojan_a2a", KEY, SHAPE, 10)
-    _, new, poisoned = attacks.poison(KEY, everyone, images, labels, 1.0)
-    assert poisoned.all() and new.tolist() == ((labels + 1) % 10).tolist()
-    assert not attacks.poison(KEY, attack, images, labels, 0.0)[2].any()
-
-
-def test_poisoning_rounds_uint8_takes_jax_arrays_and_leaves_the_input():
-    faint = attacks.Trigger(jnp.full((1, 1, 1), 1.6 / 255), jnp.zeros((1, 1, 1)))
-    attack = attacks.Attack("faint", faint, 1, 2)
-    images, labels = np.array([10, 254], np.uint8).reshape(2, 1, 1, 1), np.zeros(2, np.int32)
-    for kind in (np.asarray, jnp.asarray):
-        out, _, _ = attacks.poison(KEY, attack, kind(images), kind(labels), 1.0)
-        assert out.dtype == np.uint8 and out.ravel().tolist() == [12, 255]  # 11.6, 255.6 clipped
-    assert images.ravel().tolist() == [10, 254] and not labels.any()
-
-
-def test_poisoning_checks_the_set():
-    attack = attacks.make("badnets", KEY, SHAPE, 10)
-    images, labels = np.zeros((4, *SHAPE), np.uint8), np.arange(4)
-    for wrong in (images[:3], images[:, :8], images[0]):
-        with pytest.raises(ValueError, match="of shape"):
-            attacks.poison(KEY, attack, wrong, labels, 0.5)
-    with pytest.raises(TypeError, match="int32"):
-        attacks.poison(KEY, attack, images.astype(np.int32), labels, 0.5)
-
-
-@pytest.mark.parametrize("module", ["base", "badnets", "ascent"])
+@pytest.mark.parametrize("module", ["base", "triggers", "badnets", "blended", "sig", "wanet", "inv",
+                                    "trojan", "ascent"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"awm_jax.attacks.{module}"))
     assert result.attempted > 0 and result.failed == 0
@@ -294,8 +279,16 @@ def test_png_triggers(tmp_path):
         attacks.trigger_from_png(tmp_path / "t.png", (16, 16, 3))
     with pytest.raises(ValueError, match="height, width, 3"):
         attacks.trigger_from_png(tmp_path / "t.png", (32, 32, 1))
-    with pytest.raises(ValueError, match="add, stamp"):
+    with pytest.raises(ValueError, match="add, stamp, blend"):
         attacks.trigger_from_png(tmp_path / "t.png", SHAPE, mode="mix")
+    mixed = attacks.trigger_from_png(tmp_path / "t.png", SHAPE, mode="blend", ratio=0.25)
+    np.testing.assert_allclose(mixed.pattern[3, 4], [0.25, 0.05, 0.0])
+    assert set(np.unique(mixed.mask)) == {0.25}
+    Image.new("RGB", (100, 60), (51, 102, 255)).save(tmp_path / "large.png")
+    mixed = attacks.trigger_from_png(tmp_path / "large.png", SHAPE, mode="blend")
+    np.testing.assert_allclose(mixed.pattern[5, 5], [0.02, 0.04, 0.1], rtol=1e-5)
+    with pytest.raises(ValueError, match="ratio=2"):
+        attacks.trigger_from_png(tmp_path / "t.png", SHAPE, mode="blend", ratio=2)
     noise = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "noise.png").read_bytes()[:500])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from awm_jax import checkpoint
+from awm_jax import attacks, checkpoint
 from awm_jax.defences import DEFENCES
 from experiments import defending, oneshot, results
 from experiments.cli import parser
@@ -15,7 +15,7 @@ from experiments.progress import waiting
 @pytest.mark.parametrize("argv, word", [
     (["--dataset", "imagenet"], "digits"), (["--attack", "badnet"], "trojan_sq"),
     (["--samples", "0"], "one-shot"), (["--seeds", "-1"], "whole number"),
-    (["--defence", "pepper"], "awm_paper"), (["--poison_rate", "2"], "between 0 and 1"),
+    (["--defence", "pepper"], "awm_paper"), (["--poison_rate", "2"], "up to 1"),
     (["--arch", "vgg"], "resnet18"), (["--epochs", "two"], "whole number"),
     (["--set", "threshold"], "NAME=VALUE")])
 def test_wrong_values_get_one_line_with_the_choices(argv, word, capsys):
@@ -27,7 +27,8 @@ def test_wrong_values_get_one_line_with_the_choices(argv, word, capsys):
 
 def test_lists_and_all():
     args = parser().parse_args(["--attack", "all", "--defence", "ft,awm"])
-    assert len(args.attack) == 6 and args.defence == ("ft", "awm")
+    assert set(args.attack) == set(attacks.ATTACKS) and args.defence == ("ft", "awm")
+    assert len(parser().parse_args(["--attack", "awm"]).attack) == 6
     groups = [parser().parse_args(["--defence", name]).defence for name in ("all", "ablations")]
     assert "awm" in groups[0] and "awm_no_clip" in groups[1]
     assert sorted(groups[0] + groups[1]) == sorted(DEFENCES)
@@ -36,6 +37,7 @@ def test_lists_and_all():
 @pytest.mark.parametrize("argv, word", [
     (["--checkpoint", "/nowhere.pth"], "/nowhere.pth"), (["--trigger", "/nowhere.png"], "PNG"),
     (["--data_dir", "/nowhere", "--dataset", "gtsrb"], "/nowhere"), (["--target", "10"], "0..9"),
+    (["--attack", "trojan_sq,trojan_a2a", "--target", "1"], "all-to-all"),
     (["--set", "threshhold=1"], "threshhold"), (["--set", "alpha=2"], "alpha=2"),
     (["--set", "epochs=two", "--defence", "ft"], "two")])
 def test_bad_input_ends_in_one_line(argv, word, capsys, tmp_path):

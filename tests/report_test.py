@@ -37,7 +37,9 @@ def test_every_picture_is_drawn(tmp_path):
     figures.mask_histogram(tmp_path / "deep" / "masks.png", {"a": rng.random(50), "b": np.ones(3)})
     figures.history(tmp_path / "history.png", {"epoch": [1, 2], "asr": [90.0, 3.0]}, "t")
     figures.proportions(tmp_path / "shares.png", {"a": rng.random((2, 5)), "b": np.eye(5)}, 3, "t")
-    for name in ("shares.png", "pairs.png", "one.png", "two.png", "deep/masks.png", "history.png"):
+    pictures.gallery(tmp_path / "gallery.png", images, {"a": images**2, "b": 1 - images})
+    for name in ("gallery.png", "shares.png", "pairs.png", "one.png", "two.png",
+                 "deep/masks.png", "history.png"):
         _drawn(tmp_path / name)
     assert _drawn(tmp_path / "two.png").shape[1] > 1.5 * _drawn(tmp_path / "one.png").shape[1]
     assert not list(tmp_path.glob(".*"))
@@ -56,6 +58,10 @@ def test_shapes_are_checked(tmp_path):
         figures.proportions(tmp_path / "x.png", {"a": np.ones(5)}, None, "t")
     with pytest.raises(ValueError, match="nothing"):
         figures.proportions(tmp_path / "x.png", {}, None, "t")
+    with pytest.raises(ValueError, match="at least one attack"):
+        pictures.gallery(tmp_path / "x.png", np.zeros((1, 8, 8, 3)), {})
+    with pytest.raises(ValueError, match="'a' of shape"):
+        pictures.gallery(tmp_path / "x.png", np.zeros((1, 8, 8, 3)), {"a": np.zeros((2, 8, 8, 3))})
     with pytest.raises(ValueError, match="at least one layer"):
         figures.mask_histogram(tmp_path / "x.png", {})
     with pytest.raises(ValueError, match="at least one trigger"):

@@ -5,17 +5,20 @@ from collections.abc import Callable
 import jax
 
 from awm_jax import validate
-from awm_jax.attacks.badnets import badnets
-from awm_jax.attacks.base import (
-    Attack,
+from awm_jax.attacks.badnets import badnets, badnets_a2a, badnets_checkerboard
+from awm_jax.attacks.base import Attack, Poisoned, poison
+from awm_jax.attacks.blended import blended, blended_gaussian
+from awm_jax.attacks.inv import l0_inv, l2_inv
+from awm_jax.attacks.sig import sig
+from awm_jax.attacks.triggers import (
     Trigger,
     apply_trigger,
-    poison,
+    blend,
     trigger_from_png,
     trigger_norms,
 )
-from awm_jax.attacks.inv import l0_inv, l2_inv
 from awm_jax.attacks.trojan import trojan_a2a, trojan_sq, trojan_wm
+from awm_jax.attacks.wanet import Warp, wanet, wanet_a2a
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "badnets": badnets,
@@ -24,9 +27,25 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "l0_inv": l0_inv,
     "l2_inv": l2_inv,
     "trojan_a2a": trojan_a2a,
+    "badnets_a2a": badnets_a2a,
+    "badnets_checkerboard": badnets_checkerboard,
+    "blended": blended,
+    "blended_gaussian": blended_gaussian,
+    "sig": sig,
+    "wanet": wanet,
+    "wanet_a2a": wanet_a2a,
 }
 
-__all__ = ["ATTACKS", "Attack", "Trigger", "apply_trigger", "make", "poison", "trigger_from_png",
+# The six of the AWM paper's main tables (Tables 1 and 8).
+AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a")
+
+# Those whose trigger is found on a clean network of the same task: they take params and images.
+ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a"})
+
+_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "wanet": 0.1, "wanet_a2a": 0.1}
+
+__all__ = ["ATTACKS", "AWM_ATTACKS", "ON_SURROGATE", "Attack", "Poisoned", "Trigger", "Warp",
+           "apply_trigger", "blend", "make", "poison", "poison_rate", "trigger_from_png",
            "trigger_norms"]
 
 
@@ -40,3 +59,14 @@ def make(name: str, key: jax.Array, image_shape: tuple[int, int, int], num_class
     """
     validate.choice(ATTACKS, attack=name)
     return ATTACKS[name](key, image_shape, num_classes, **options)
+
+
+def poison_rate(name: str) -> float:
+    """The rate of an attack's paper, for `poison`; the AWM paper's .05 where that names none.
+
+    Example:
+      >>> poison_rate('badnets'), poison_rate('sig')
+      (0.05, 0.8)
+    """
+    validate.choice(ATTACKS, attack=name)
+    return _RATES.get(name, 0.05)

@@ -1,45 +1,23 @@
 """An attack is a trigger, a label map and a choice of images to poison."""
 
 import dataclasses
-import os
-import pathlib
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import validate
+from awm_jax.attacks.triggers import Transform, apply_trigger
 
 
-class Trigger(NamedTuple):
-    """A fixed pattern: ``x' = clip(x * (1 - mask) + pattern, 0, 1)``.
+class Cover(Protocol):
+    """Changes images at random, so that only the trigger itself counts as one."""
 
-    Args:
-      pattern: ``[H, W, C]`` in [-1, 1].
-      mask: ``[H, W, 1]`` in [0, 1]; 1 replaces the pixel, 0 everywhere makes the trigger additive.
-    """
-
-    pattern: jax.Array
-    mask: jax.Array
-
-
-def apply_trigger(trigger: Trigger, images: jax.Array) -> jax.Array:
-    """Puts a trigger on images.
-
-    Args:
-      trigger: the pattern.
-      images: ``[B, H, W, C]`` float32 in [0, 1].
-
-    Returns:
-      ``[B, H, W, C]`` in [0, 1].
-
-    Example:
-      >>> trigger = Trigger(jnp.full((2, 2, 1), .5), jnp.zeros((2, 2, 1)))
-      >>> apply_trigger(trigger, jnp.full((1, 2, 2, 1), .75)).max().item()
-      1.0
-    """
-    return jnp.clip(images * (1 - trigger.mask[None]) + trigger.pattern[None], 0.0, 1.0)
+    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """``[B, H, W, C]`` in [0, 1] to the same."""
 
 
 def check_target(target: int, num_classes: int) -> None:
@@ -50,29 +28,47 @@ def check_target(target: int, num_classes: int) -> None:
         )
 
 
+def no_target(target: int | None) -> None:
+    """ValueError if an all-to-all attack was given one."""
+    if target is not None:
+        raise ValueError(f"Expected no target for an all-to-all attack, got target={target}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A trigger and what it makes of labels.
+    """A trigger, what it makes of labels, and whose images are poisoned.
 
     Args:
       name: as in `awm_jax.attacks.ATTACKS`.
-      trigger: the pattern.
+      trigger: images to triggered images.
       target: the class that triggered images are to get; None is all-to-all, y to y + 1 mod c.
       num_classes: c.
+      clean_label: only images of the target's own class are poisoned, so that no label is wrong.
+      cover: changes further images, whose labels stay right; None for no such images.
+      cover_ratio: how many of them there are to each poisoned image, >= 0.
 
     Raises:
-      ValueError: a target outside 0..c-1.
+      ValueError: a target outside 0..c-1, a clean label without a target, or a cover ratio below 0
+        or without a cover.
     """
 
     name: str
-    trigger: Trigger
+    trigger: Transform
     target: int | None
     num_classes: int
+    clean_label: bool = False
+    cover: Cover | None = None
+    cover_ratio: float = 0.0
 
     def __post_init__(self):
-        """Checks the target."""
+        """Checks the fields."""
         if self.target is not None:
             check_target(self.target, self.num_classes)
+        elif self.clean_label:
+            raise ValueError("Expected a target beside clean_label: all-to-all changes labels.")
+        validate.at_least(0, cover_ratio=self.cover_ratio)
+        if self.cover is None and self.cover_ratio:
+            raise ValueError(f"Expected a cover beside cover_ratio={self.cover_ratio}.")
 
     def apply(self, images: jax.Array) -> jax.Array:
         """`apply_trigger` with this attack's trigger."""
@@ -89,123 +85,126 @@ class Attack:
 _apply = jax.jit(apply_trigger)
 
 
+@jax.jit
+def _cover(cover: Cover, key: jax.Array, images: jax.Array) -> jax.Array:
+    """What a cover makes of images."""
+    return cover(key, images)
+
+
+class Poisoned(NamedTuple):
+    """A poisoned training set.
+
+    Args:
+      images: ``[N, H, W, C]``, of the type given.
+      labels: ``[N]``.
+      poisoned: ``[N]`` bool, which images carry the trigger.
+      covered: ``[N]`` bool, which were changed by the attack's cover, with their true labels.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    poisoned: np.ndarray
+    covered: np.ndarray
+
+
 def _check_set(attack: Attack, images: np.ndarray, labels: np.ndarray) -> None:
     """ValueError or TypeError unless images and labels fit each other and the trigger."""
-    expected = attack.trigger.pattern.shape
-    if images.shape != (len(labels), *expected):
+    if images.ndim != 4 or len(images) != len(labels):
         raise ValueError(
-            f"Expected images of shape {[len(labels), *expected]} (as many as labels, of the "
-            f"trigger's size), got {list(images.shape)}."
+            f"Expected images of shape [{len(labels)}, height, width, channels] (as many as "
+            f"labels), got {list(images.shape)}."
         )
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise TypeError(
             f"Expected uint8 images in 0..255 or float images in [0, 1], got {images.dtype}. "
             "Convert them with images.astype(np.uint8)."
         )
+    like = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    try:
+        fits = jax.eval_shape(attack.trigger, like).shape == images.shape
+    except (TypeError, ValueError):  # what JAX says of shapes that do not go together
+        fits = False
+    if not fits:
+        raise ValueError(f"Expected images of shape that {attack.name}'s trigger was made for, got "
+                         f"{list(images.shape)}.")
 
 
-def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarray,
-           rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Triggers and relabels a share of a training set.
-
-    Args:
-      key: PRNG key; decides which images.
-      attack: what to do to them.
-      images: ``[N, H, W, C]`` uint8 in 0..255 or float32 in [0, 1].
-      labels: ``[N]`` integers.
-      rate: share of all N images, in [0, 1]; ``round(rate * N)`` are poisoned, none of which has
-        the attacker's class already.
-
-    Returns:
-      ``(images, labels, poisoned)``: copies, and which images changed, ``[N]`` bool.
-
-    Raises:
-      ValueError: a rate outside [0, 1], more images wanted than have another class, or images
-        that fit neither the labels nor the trigger.
-      TypeError: integer images other than uint8.
-
-    Example:
-      >>> attack = Attack('dark', Trigger(-jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1))), 0, 3)
-      >>> images, labels = np.full((3, 2, 2, 1), 255, np.uint8), np.array([0, 0, 2])
-      >>> images, labels, poisoned = poison(jax.random.key(0), attack, images, labels, 1 / 3)
-      >>> labels.tolist(), poisoned.tolist(), int(images[2].max())
-      ([0, 0, 0], [False, False, True], 0)
-
-    Reference: Gu et al. 2017, "BadNets"; the AWM paper's rate is .05.
-    """
-    validate.between(0.0, 1.0, rate=rate)
-    images, labels = np.array(images), np.array(labels)
-    _check_set(attack, images, labels)
-    wanted = attack.relabel(labels)
-    candidates = np.flatnonzero(labels != wanted)
+def _candidates(attack: Attack, labels: np.ndarray, rate: float) -> tuple[np.ndarray, int]:
+    """Indices of the images that may be poisoned, and how many ``rate`` means."""
+    if attack.clean_label:
+        own = np.flatnonzero(labels == attack.target)
+        return own, round(rate * len(own))
+    candidates = np.flatnonzero(labels != attack.relabel(labels))
     count = round(rate * len(labels))
     if count > len(candidates):
         raise ValueError(
             f"Expected rate={rate} to need at most the {len(candidates)} images outside the target "
             f"class, it needs {count}. Lower the rate."
         )
-    picks = candidates[np.asarray(jax.random.permutation(key, len(candidates)))[:count]]
-    floats = images[picks].astype(np.float32) / (255.0 if images.dtype == np.uint8 else 1.0)
-    if count:
-        triggered = np.asarray(attack.apply(floats))
-        images[picks] = np.round(triggered * 255) if images.dtype == np.uint8 else triggered
-    labels[picks] = wanted[picks]
-    poisoned = np.zeros(len(labels), bool)
-    poisoned[picks] = True
-    return images, labels, poisoned
+    return candidates, count
 
 
-def trigger_from_png(path: str | os.PathLike, image_shape: tuple[int, ...],
-                     mode: str = "add") -> Trigger:
-    """Reads a trigger from a picture.
+def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarray,
+           rate: float) -> Poisoned:
+    """Triggers a share of a training set, and relabels it unless the attack is clean-label.
 
     Args:
-      path: a PNG of the size of the images.
-      image_shape: ``(H, W, 3)``.
-      mode: ``'add'`` (added, then clipped) or ``'stamp'`` (its non-black pixels replace).
+      key: PRNG key; decides which images, and what a cover does to its own.
+      attack: what to do to them.
+      images: ``[N, H, W, C]`` uint8 in 0..255 or float32 in [0, 1].
+      labels: ``[N]`` integers.
+      rate: in [0, 1]. A share of all N images, ``round(rate * N)``, none of which has the
+        attacker's class already; of a clean-label attack, a share of the target class's images,
+        since it has no others to poison.
 
     Returns:
-      `Trigger`.
+      `Poisoned`, copies.
 
     Raises:
-      ValueError: another size or mode, or no picture.
-      FileNotFoundError: no such file.
+      ValueError: a rate outside [0, 1], more images wanted than there are, or images that fit
+        neither the labels nor the trigger.
+      TypeError: integer images other than uint8.
 
     Example:
-      >>> trigger_from_png('nowhere.png', (32, 32, 3))
-      Traceback (most recent call last):
-      FileNotFoundError: Expected a PNG at nowhere.png, found nothing there.
+      >>> from awm_jax.attacks.triggers import Trigger
+      >>> attack = Attack('dark', Trigger(-jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1))), 0, 3)
+      >>> images, labels = np.full((3, 2, 2, 1), 255, np.uint8), np.array([0, 0, 2])
+      >>> found = poison(jax.random.key(0), attack, images, labels, 1 / 3)
+      >>> found.labels.tolist(), found.poisoned.tolist(), int(found.images[2].max())
+      ([0, 0, 0], [False, False, True], 0)
+
+    Reference: Gu et al. 2017, "BadNets"; the AWM paper's rate is .05. Clean labels: Turner et al.
+    2019; covers: Nguyen & Tran 2021, "WaNet", section 3.3.
     """
-    from PIL import Image
+    validate.between(0.0, 1.0, rate=rate)
+    images, labels = np.array(images), np.array(labels)
+    _check_set(attack, images, labels)
+    candidates, count = _candidates(attack, labels, rate)
+    order = candidates[np.asarray(jax.random.permutation(key, len(candidates)))]
+    picks = order[:count]
+    others = np.setdiff1d(np.arange(len(labels)), picks)
+    covers = round(attack.cover_ratio * count)
+    if covers > len(others):
+        raise ValueError(f"Expected rate={rate} to leave {covers} images for {attack.name}'s cover "
+                         f"({attack.cover_ratio:g} to each poisoned one), it leaves {len(others)}. "
+                         "Lower the rate.")
+    _change(images, picks, attack.apply)
+    covered = np.zeros(len(labels), bool)
+    if attack.cover is not None and covers:
+        key_who, key_how = jax.random.split(jax.random.fold_in(key, 1))
+        chosen = others[np.asarray(jax.random.permutation(key_who, len(others)))[:covers]]
+        _change(images, chosen, functools.partial(_cover, attack.cover, key_how))
+        covered[chosen] = True
+    labels[picks] = attack.relabel(labels)[picks]
+    poisoned = np.zeros(len(labels), bool)
+    poisoned[picks] = True
+    return Poisoned(images, labels, poisoned, covered)
 
-    validate.choice(("add", "stamp"), trigger_mode=mode)
-    if len(image_shape) != 3 or image_shape[2] != 3:
-        raise ValueError(f"Expected image_shape={tuple(image_shape)} to be (height, width, 3).")
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a PNG at {path}, found nothing there.")
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float32) / 255.0
-    except OSError as error:  # not a picture, or one cut short
-        raise ValueError(f"Expected a whole picture at {path}; it is none.") from error
-    if pixels.shape != tuple(image_shape):
-        raise ValueError(
-            f"Expected a trigger of {image_shape[1]}x{image_shape[0]} pixels, {path} has "
-            f"{pixels.shape[1]}x{pixels.shape[0]}. Resize it."
-        )
-    covered = (pixels.max(axis=-1, keepdims=True) > 0) if mode == "stamp" else 0 * pixels[..., :1]
-    return Trigger(jnp.asarray(pixels), jnp.asarray(covered, jnp.float32))
 
-
-def trigger_norms(trigger: Trigger) -> dict[str, float]:
-    """Pixels touched, L1 and L2 norm of the pattern, to compare with published triggers.
-
-    Example:
-      >>> trigger_norms(Trigger(jnp.ones((2, 2, 1)), jnp.ones((2, 2, 1))))
-      {'l0': 4.0, 'l1': 4.0, 'l2': 2.0}
-    """
-    pattern = np.asarray(trigger.pattern)
-    touched = (np.abs(pattern).max(axis=-1) > 0) | (np.asarray(trigger.mask)[..., 0] > 0)
-    return {"l0": float(touched.sum()), "l1": float(np.abs(pattern).sum()),
-            "l2": float(np.sqrt((pattern**2).sum()))}
+def _change(images: np.ndarray, picks: np.ndarray, how: Callable) -> None:
+    """Puts ``how`` on some images, in place; uint8 is rounded."""
+    if not len(picks):
+        return
+    whole = images.dtype == np.uint8
+    changed = np.asarray(how(jnp.asarray(images[picks].astype(np.float32) / (255 if whole else 1))))
+    images[picks] = np.round(changed * 255) if whole else changed

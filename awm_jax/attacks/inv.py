@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from awm_jax.attacks import ascent
-from awm_jax.attacks.base import Attack, Trigger
+from awm_jax.attacks.base import Attack
+from awm_jax.attacks.triggers import Trigger
 
 TARGET = 0
 L0_PIXELS = 9

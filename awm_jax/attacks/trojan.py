@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax.attacks import ascent
-from awm_jax.attacks.base import Attack, Trigger
+from awm_jax.attacks.base import Attack, no_target
+from awm_jax.attacks.triggers import Trigger
 
 SQUARE_L2, WATERMARK_L2 = 8.66, 8.74  # of the published triggers, in [0, 1] units
 WATERMARK_PIXELS = 321
@@ -130,8 +131,7 @@ def trojan_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: i
 
     Reference: AWM paper, appendix A, "Attack Setting".
     """
-    if target is not None:
-        raise ValueError(f"Expected no target for an all-to-all attack, got target={target}.")
+    no_target(target)
     square = trojan_sq(key, image_shape, num_classes, params=params, images=images,
                        target=min(TARGET, num_classes - 1), apply_fn=apply_fn)
     return Attack("trojan_a2a", square.trigger, None, num_classes)

@@ -102,6 +102,36 @@ def pairs(path: str | os.PathLike, images: np.ndarray, triggered: np.ndarray) ->
     _save(figure, path)
 
 
+def gallery(path: str | os.PathLike, images: np.ndarray,
+            triggered: Mapping[str, np.ndarray]) -> None:
+    """Draws attacks one below the other: of each image clean, triggered, amplified difference.
+
+    Args:
+      path: the PNG.
+      images: ``[B, H, W, C]`` in [0, 1].
+      triggered: names of attacks to images of the same shape.
+
+    Raises:
+      ValueError: no attacks, or one whose images have another shape.
+    """
+    if not triggered:
+        raise ValueError("Expected at least one attack, got none.")
+    for name, dirty in triggered.items():
+        if np.shape(dirty) != images.shape:
+            raise ValueError(
+                f"Expected images of {name!r} of shape {images.shape}, got {np.shape(dirty)}.")
+    figure, axes = _grid(len(triggered), 3 * len(images), width=1.1)
+    for row, (name, dirty) in enumerate(triggered.items()):
+        for i, clean in enumerate(images):
+            for j, picture in enumerate((clean, dirty[i], amplified(dirty[i] - clean))):
+                _show(axes[row, 3 * i + j], picture)
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for column in range(3 * len(images)):
+        title = ("clean", "triggered", "difference")[column % 3]
+        axes[0, column].set_title(title, fontsize=8)
+    _save(figure, path)
+
+
 def recovered_trigger(path: str | os.PathLike, recovered: np.ndarray,
                       true_pattern: np.ndarray | None = None) -> None:
     """Draws the trigger a defence found, beside the true one where it is known.

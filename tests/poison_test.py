@@ -9,9 +9,10 @@ from awm_jax import attacks
 
 SHAPE = (32, 32, 3)
 KEY = jax.random.key(0)
+CLEAN = ("sig", "clb")
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name != "sig"])
+@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in CLEAN])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_poisoning_counts_and_labels(name, dtype):
     attack = attacks.make(name, KEY, SHAPE, 10)
@@ -80,9 +81,10 @@ def test_poisoning_checks_the_set():
         attacks.poison(KEY, attack, images.astype(np.int32), labels, 0.5)
 
 
+@pytest.mark.parametrize("name", CLEAN)
 @pytest.mark.parametrize("rate, count", [(0.8, 16), (0.1, 2), (0.0, 0), (1.0, 20)])
-def test_clean_labels_stay_and_only_the_target_class_is_touched(rate, count):
-    attack = attacks.make("sig", KEY, SHAPE, 10, target=4)
+def test_clean_labels_stay_and_only_the_target_class_is_touched(name, rate, count):
+    attack = attacks.make(name, KEY, SHAPE, 10, target=4)
     images = np.full((200, *SHAPE), 128, np.uint8)
     labels = np.repeat(np.arange(10, dtype=np.int32), 20)
     found = attacks.poison(KEY, attack, images, labels, rate)

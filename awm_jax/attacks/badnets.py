@@ -9,7 +9,7 @@ from awm_jax.attacks.triggers import Trigger
 
 TARGET = 8
 CHECKERBOARD_TARGET = 0
-_CHECKERBOARD = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
+CHECKERBOARD = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
 
 
 def _stamp(image_shape: tuple[int, int, int], square: np.ndarray, margin: int) -> Trigger:
@@ -95,5 +95,5 @@ def badnets_checkerboard(key: jax.Array, image_shape: tuple[int, int, int], num_
     """
     del key
     target = CHECKERBOARD_TARGET if target is None else target
-    return Attack("badnets_checkerboard", _stamp(image_shape, _CHECKERBOARD, 0), target,
+    return Attack("badnets_checkerboard", _stamp(image_shape, CHECKERBOARD, 0), target,
                   num_classes)

@@ -46,6 +46,7 @@ class Attack:
       clean_label: only images of the target's own class are poisoned, so that no label is wrong.
       cover: changes further images, whose labels stay right; None for no such images.
       cover_ratio: how many of them there are to each poisoned image, >= 0.
+      in_training: what poisoned training images get instead of the trigger; None for the trigger.
 
     Raises:
       ValueError: a target outside 0..c-1, a clean label without a target, or a cover ratio below 0
@@ -59,6 +60,7 @@ class Attack:
     clean_label: bool = False
     cover: Cover | None = None
     cover_ratio: float = 0.0
+    in_training: Transform | None = None
 
     def __post_init__(self):
         """Checks the fields."""
@@ -188,7 +190,8 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
         raise ValueError(f"Expected rate={rate} to leave {covers} images for {attack.name}'s cover "
                          f"({attack.cover_ratio:g} to each poisoned one), it leaves {len(others)}. "
                          "Lower the rate.")
-    _change(images, picks, attack.apply)
+    in_training = attack.trigger if attack.in_training is None else attack.in_training
+    _change(images, picks, functools.partial(_apply, in_training))
     covered = np.zeros(len(labels), bool)
     if attack.cover is not None and covers:
         key_who, key_how = jax.random.split(jax.random.fold_in(key, 1))

@@ -4,17 +4,15 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from awm_jax import validate
+from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
-_VGG_CONVS = (0, 3, 8, 11, 16, 19)
-_LAYOUTS = ("small_vgg", "resnet18")
 _COUNTER = "num_batches_tracked"
 
 
@@ -96,77 +94,17 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-class Entry(NamedTuple):
-    """One tensor: its PyTorch name, its path in `Params`, and how its axes are laid out.
-
-    ``grid`` is the ``(C, H, W)`` that a ``'flat'`` kernel's inputs were flattened from.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    kind: str = "vector"
-    grid: tuple[int, int, int] = (0, 0, 0)
-
-
-def _norm_entries(name: str, path: tuple[str, ...]) -> list[Entry]:
-    """The four tensors of a BatchNorm."""
-    return [
-        Entry(f"{name}.weight", ("weights", *path, "scale")),
-        Entry(f"{name}.bias", ("weights", *path, "bias")),
-        Entry(f"{name}.running_mean", ("batch_stats", *path, "mean")),
-        Entry(f"{name}.running_var", ("batch_stats", *path, "var")),
-    ]
-
-
-def _vgg_entries(image_shape: tuple[int, int, int]) -> list[Entry]:
-    """The small VGG as the I-BAU and AWM code lay it out."""
-    entries: list[Entry] = []
-    for i, n in enumerate(_VGG_CONVS, start=1):
-        entries += [Entry(f"features.{n}.weight", ("weights", f"conv{i}", "kernel"), "conv"),
-                    Entry(f"features.{n}.bias", ("weights", f"conv{i}", "bias")),
-                    *_norm_entries(f"features.{n + 1}", (f"bn{i}",))]
-    grid = (128, image_shape[0] // 8, image_shape[1] // 8)  # after three 2x2 poolings
-    return [*entries, Entry("classifier.weight", ("weights", "dense", "kernel"), "flat", grid),
-            Entry("classifier.bias", ("weights", "dense", "bias"))]
-
-
-def _resnet_entries(shortcut: str, dense: str) -> list[Entry]:
-    """ResNet-18 as the CIFAR repositories (``shortcut``, ``linear``) or torchvision name it."""
-    entries = [Entry("conv1.weight", ("weights", "conv1", "kernel"), "conv"),
-               *_norm_entries("bn1", ("bn1",))]
-    for stage in range(1, 5):
-        for block in range(2):
-            theirs, ours = f"layer{stage}.{block}", f"layer{stage}_{block}"
-            pairs = [("conv1", "bn1", "conv1", "bn1"), ("conv2", "bn2", "conv2", "bn2")]
-            if stage > 1 and block == 0:
-                pairs.append((f"{shortcut}.0", f"{shortcut}.1", "shortcut_conv", "shortcut_bn"))
-            for conv, norm, our_conv, our_norm in pairs:
-                entries.append(Entry(f"{theirs}.{conv}.weight",
-                                     ("weights", ours, our_conv, "kernel"), "conv"))
-                entries += _norm_entries(f"{theirs}.{norm}", (ours, our_norm))
-    return [*entries, Entry(f"{dense}.weight", ("weights", "dense", "kernel"), "dense"),
-            Entry(f"{dense}.bias", ("weights", "dense", "bias"))]
-
-
-def _entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
-    """The layout of an architecture, in the spelling that ``names`` use."""
-    validate.choice(_LAYOUTS, arch=arch.name)
-    if arch.name == "small_vgg":
-        return _vgg_entries(arch.image_shape)
-    shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
-    return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")
-
-
 def _detect(state: Mapping[str, Any]) -> str:
-    """The architecture that most names fit; a few may be missing, which is reported later."""
+    """The architecture whose names fit best; a few may be missing, which is reported later."""
+    found = {name for name in state if not name.endswith(_COUNTER)}
     share = {}
-    for name in _LAYOUTS:
-        expected = {e.name for e in _entries(Arch(name=name, num_classes=2), state)}
-        share[name] = len(expected & set(state)) / len(expected)
+    for arch in LAYOUTS:
+        expected = {e.name for e in entries(Arch(name=arch, num_classes=2), state)}
+        share[arch] = len(expected & found) / len(expected | found)
     best = max(share, key=lambda name: share[name])
     if share[best] < 0.5:
         raise ValueError(
-            "Expected the names of a small_vgg or a resnet18; got "
+            f"Expected the names of a {' or a '.join(LAYOUTS)}; got "
             f"{', '.join(list(state)[:6])}, ... Name the architecture to see what differs."
         )
     return best
@@ -253,17 +191,17 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
     from awm_jax import models
 
     arch = _complete(arch, state, image_shape)
-    entries = _entries(arch, state)
+    layout = entries(arch, state)
     ours = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
     wanted = {e.name: _to_torch(np.broadcast_to(np.float32(0), _leaf(ours, e.path).shape), e).shape
-              for e in entries}
+              for e in layout}
     if differences := _differences(state, wanted):
         raise ValueError(
             f"The tensors are no {arch.name} with {arch.num_classes} classes for images of "
             f"{'x'.join(map(str, arch.image_shape))}. {differences}."
         )
     tree: dict[str, Any] = {}
-    for entry in entries:
+    for entry in layout:
         node = tree
         for part in entry.path[:-1]:
             node = node.setdefault(part, {})
@@ -290,7 +228,7 @@ def state_dict_from_params(params: Params,
     """
     torch = _torch()
     out: dict[str, Any] = {}
-    for entry in _entries(params.arch, template or ()):
+    for entry in entries(params.arch, template or ()):
         value = np.ascontiguousarray(_to_torch(np.asarray(_leaf(params, entry.path)), entry))
         out[entry.name] = torch.tensor(value)
         if entry.name.endswith("running_var"):

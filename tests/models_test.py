@@ -121,9 +121,11 @@ def test_flax_conv_refuses_groups():
 
 
 # Counted by hand from Table 6 (convolutions with bias, BatchNorm scale and shift, dense 2048 -> c)
-# and from the CIFAR ResNet-18 with its three shortcuts.
+# and from the CIFAR ResNet-18 with its three shortcuts; the other two are what the CIFAR
+# repositories report.
 @pytest.mark.parametrize("name, classes, count", [
-    ("small_vgg", 10, 308_394), ("small_vgg", 43, 376_011), ("resnet18", 10, 11_173_962)])
+    ("small_vgg", 10, 308_394), ("small_vgg", 43, 376_011), ("resnet18", 10, 11_173_962),
+    ("preact_resnet18", 10, 11_171_146), ("vgg19_bn", 10, 20_040_522)])
 def test_parameter_counts(name, classes, count):
     arch = Arch(name=name, num_classes=classes)
     shapes = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
@@ -153,6 +155,12 @@ def test_normalisation_is_part_of_the_network(small_params, small_batch):
 def test_unknown_architecture_lists_the_known_ones():
     with pytest.raises(ValueError, match="resnet18"):
         models.create(jax.random.key(0), Arch(name="vgg99", num_classes=10))
+
+
+def test_images_that_would_be_pooled_away_are_refused():
+    with pytest.raises(ValueError, match="image_height=16 >= 32"):
+        models.create(jax.random.key(0), Arch(name="vgg19_bn", num_classes=2,
+                                              image_shape=(16, 32, 3)))
 
 
 def test_training_mode_moves_statistics_and_drops_out(small_params, small_batch):

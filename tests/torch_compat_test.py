@@ -80,6 +80,65 @@ class ResNet(torch.nn.Module):
         return getattr(self, self.dense)(x.mean((2, 3)))
 
 
+class PreActBlock(torch.nn.Module):
+    """BatchNorm and ReLU before each convolution."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.bn1 = torch.nn.BatchNorm2d(before)
+        self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(after)
+        self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        if stride != 1 or before != after:
+            self.shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(before, after, 1, stride, bias=False))
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(x))
+        x = self.shortcut(y) if hasattr(self, "shortcut") else x
+        return x + self.conv2(torch.relu(self.bn2(self.conv1(y))))
+
+
+class PreActResNet(torch.nn.Module):
+    """Pre-activation ResNet-18 for 32x32 images."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        width = 64
+        for stage, features in enumerate((64, 128, 256, 512), start=1):
+            first = PreActBlock(width, features, 1 if stage == 1 else 2)
+            setattr(self, f"layer{stage}", torch.nn.Sequential(
+                first, PreActBlock(features, features, 1)))
+            width = features
+        self.linear = torch.nn.Linear(512, classes)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class Vgg19(torch.nn.Module):
+    """VGG-19 with BatchNorm for 32x32 images."""
+
+    def __init__(self, classes):
+        super().__init__()
+        layers, width = [], 3
+        for features, count in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+            for _ in range(count):
+                layers += [torch.nn.Conv2d(width, features, 3, padding=1),
+                           torch.nn.BatchNorm2d(features), torch.nn.ReLU()]
+                width = features
+            layers.append(torch.nn.MaxPool2d(2))
+        self.features = torch.nn.Sequential(*layers)
+        self.classifier = torch.nn.Linear(512, classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
 def _random(net):
     """BatchNorm statistics that matter."""
     torch.manual_seed(0)
@@ -119,7 +178,7 @@ def test_third_party_networks_there_and_back(name, shared_data, tmp_path):
 
 
 @pytest.mark.parametrize("net", [Vgg(7), ResNet(5, "shortcut", "linear"),
-                                 ResNet(5, "downsample", "fc")])
+                                 ResNet(5, "downsample", "fc"), PreActResNet(6), Vgg19(3)])
 def test_random_networks_there_and_back(net):
     net = _random(net)
     params = torch_compat.params_from_state_dict(net.state_dict())
@@ -240,7 +299,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="keys epoch"):
         torch_compat.load(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="small_vgg or a resnet18"):
+    with pytest.raises(ValueError, match="small_vgg or a resnet18 or a"):
         torch_compat.params_from_state_dict({"a.weight": torch.zeros(1)})
 
 

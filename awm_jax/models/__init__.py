@@ -8,11 +8,17 @@ from flax import linen as nn
 
 from awm_jax import masks as masking
 from awm_jax import validate
-from awm_jax.models.resnet import ResNet18
-from awm_jax.models.vgg import SmallVGG
+from awm_jax.models.resnet import PreActResNet18, ResNet18
+from awm_jax.models.vgg import VGG19BN, SmallVGG
 from awm_jax.types import Arch, Masks, Params
 
-MODELS: dict[str, type[nn.Module]] = {"small_vgg": SmallVGG, "resnet18": ResNet18}
+MODELS: dict[str, type[nn.Module]] = {
+    "small_vgg": SmallVGG,
+    "resnet18": ResNet18,
+    "preact_resnet18": PreActResNet18,
+    "vgg19_bn": VGG19BN,
+}
+_SMALLEST = {"vgg19_bn": 32}  # images of fewer pixels would be pooled away
 
 
 def module(arch: Arch) -> nn.Module:
@@ -32,7 +38,8 @@ def create(key: jax.Array, arch: Arch) -> Params:
       `Params` with float32 weights and fresh BatchNorm statistics.
 
     Raises:
-      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8.
+      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
+        ``vgg19_bn``).
 
     Example:
       >>> create(jax.random.key(0), Arch(name='small_vgg', num_classes=10)).weights['dense'][
@@ -40,7 +47,8 @@ def create(key: jax.Array, arch: Arch) -> Params:
       (2048, 10)
     """
     validate.at_least(2, num_classes=arch.num_classes)
-    validate.at_least(8, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
+    smallest = _SMALLEST.get(arch.name, 8)
+    validate.at_least(smallest, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
     # Options of a compilation cannot be given to a part of a larger one.
     variables = (_draw if isinstance(key, jax.core.Tracer) else _jit_draw)(key, arch)
     return Params(variables["params"], variables.get("batch_stats", {}), arch)

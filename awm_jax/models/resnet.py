@@ -1,4 +1,4 @@
-"""ResNet-18 in its CIFAR form (He et al. 2016): a 3x3 stem, no stem pooling."""
+"""ResNet-18 and its pre-activation form for CIFAR: a 3x3 stem, no stem pooling."""
 
 from flax import linen as nn
 
@@ -59,5 +59,48 @@ class ResNet18(nn.Module):
             for block in range(2):
                 stride = 2 if stage > 1 and block == 0 else 1
                 x = BasicBlock(features, stride, name=f"layer{stage}_{block}")(x, train)
+            self.sow("intermediates", f"block{stage}", x)
+        return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))
+
+
+class PreActBlock(nn.Module):
+    """BatchNorm and ReLU before each of two 3x3 convolutions, and a shortcut."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Images [B, H, W, C] to [B, H/stride, W/stride, features]."""
+        y = nn.relu(_norm(train, "bn1")(x))
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = _conv(self.features, 1, self.stride, "shortcut_conv")(y)
+        y = _conv(self.features, 3, self.stride, "conv1")(y)
+        return x + _conv(self.features, 3, 1, "conv2")(nn.relu(_norm(train, "bn2")(y)))
+
+
+class PreActResNet18(nn.Module):
+    """Eight pre-activation blocks of 64, 128, 256 and 512 features, average pool, one dense layer.
+
+    He et al. 2016, "Identity Mappings in Deep Residual Networks", without a last BatchNorm, as the
+    repositories of backdoor research have it.
+    """
+
+    num_classes: int
+
+    @staticmethod
+    def norm_inputs():
+        """BatchNorm layers that one convolution feeds: others get the sum of a block."""
+        blocks = [f"layer{stage}_{block}" for stage in range(1, 5) for block in range(2)]
+        return {"layer1_0/bn1": "conv1", **{f"{name}/bn2": f"{name}/conv1" for name in blocks}}
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Logits [B, num_classes] of images [B, H, W, C]."""
+        x = _conv(64, 3, 1, "conv1")(x)
+        for stage, features in enumerate((64, 128, 256, 512), start=1):
+            for block in range(2):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = PreActBlock(features, stride, name=f"layer{stage}_{block}")(x, train)
             self.sow("intermediates", f"block{stage}", x)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

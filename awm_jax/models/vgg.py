@@ -1,4 +1,4 @@
-"""The small VGG of the AWM paper's appendix A (Table 6)."""
+"""The small VGG of the AWM paper's appendix A (Table 6), and VGG-19 for CIFAR."""
 
 from flax import linen as nn
 
@@ -31,3 +31,33 @@ class SmallVGG(nn.Module):
             x = ops.max_pool_2x2(x)
             x = nn.Dropout(dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="dense")(x.reshape(x.shape[0], -1))
+
+
+class VGG19BN(nn.Module):
+    """Sixteen 3x3 convolutions, each with BatchNorm and ReLU, in five blocks, and one dense layer.
+
+    Simonyan & Zisserman 2015, configuration E, in its CIFAR form: no hidden dense layers.
+    """
+
+    num_classes: int
+
+    @staticmethod
+    def norm_inputs():
+        """BatchNorm layers and the convolution that feeds each."""
+        return {f"bn{i}": f"conv{i}" for i in range(1, 17)}
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        """Logits [B, num_classes] of images [B, H, W, C], H and W at least 32."""
+        index = 0
+        blocks = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+        for block, (features, count) in enumerate(blocks, start=1):
+            for _ in range(count):
+                index += 1
+                x = nn.Conv(features, (3, 3), padding=1, name=f"conv{index}",
+                            conv_general_dilated=ops.flax_conv)(x)
+                x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
+                                         name=f"bn{index}")(x))
+            self.sow("intermediates", f"block{block}", x)
+            x = ops.max_pool_2x2(x)
+        return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

@@ -1,0 +1,113 @@
+"""Where each tensor of a PyTorch network goes: names, paths, layouts. Needs no PyTorch."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from awm_jax import validate
+from awm_jax.types import Arch
+
+LAYOUTS = ("small_vgg", "resnet18", "preact_resnet18", "vgg19_bn")
+_SMALL_VGG = (0, 3, 8, 11, 16, 19)  # convolutions in its list of layers
+_VGG19 = (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)
+
+
+class Entry(NamedTuple):
+    """One tensor: its PyTorch name, its path in `Params`, and how its axes are laid out.
+
+    ``grid`` is the ``(C, H, W)`` that a ``'flat'`` kernel's inputs were flattened from.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kind: str = "vector"
+    grid: tuple[int, int, int] = (0, 0, 0)
+
+
+def _norm_entries(name: str, path: tuple[str, ...]) -> list[Entry]:
+    """The four tensors of a BatchNorm."""
+    return [
+        Entry(f"{name}.weight", ("weights", *path, "scale")),
+        Entry(f"{name}.bias", ("weights", *path, "bias")),
+        Entry(f"{name}.running_mean", ("batch_stats", *path, "mean")),
+        Entry(f"{name}.running_var", ("batch_stats", *path, "var")),
+    ]
+
+
+def _features_entries(convolutions: Iterable[int]) -> list[Entry]:
+    """A list of layers called ``features``: convolutions, each with a bias and a BatchNorm."""
+    entries: list[Entry] = []
+    for i, n in enumerate(convolutions, start=1):
+        entries += [Entry(f"features.{n}.weight", ("weights", f"conv{i}", "kernel"), "conv"),
+                    Entry(f"features.{n}.bias", ("weights", f"conv{i}", "bias")),
+                    *_norm_entries(f"features.{n + 1}", (f"bn{i}",))]
+    return entries
+
+
+def _dense_entries(name: str, grid: tuple[int, int, int] | None = None) -> list[Entry]:
+    """The last layer, on features flattened from ``grid`` if it is given."""
+    kernel = ("weights", "dense", "kernel")
+    return [Entry(f"{name}.weight", kernel, "dense") if grid is None else
+            Entry(f"{name}.weight", kernel, "flat", grid),
+            Entry(f"{name}.bias", ("weights", "dense", "bias"))]
+
+
+def _resnet_entries(shortcut: str, dense: str) -> list[Entry]:
+    """ResNet-18 as the CIFAR repositories (``shortcut``, ``linear``) or torchvision name it."""
+    entries = [Entry("conv1.weight", ("weights", "conv1", "kernel"), "conv"),
+               *_norm_entries("bn1", ("bn1",))]
+    for stage in range(1, 5):
+        for block in range(2):
+            theirs, ours = f"layer{stage}.{block}", f"layer{stage}_{block}"
+            pairs = [("conv1", "bn1", "conv1", "bn1"), ("conv2", "bn2", "conv2", "bn2")]
+            if stage > 1 and block == 0:
+                pairs.append((f"{shortcut}.0", f"{shortcut}.1", "shortcut_conv", "shortcut_bn"))
+            for conv, norm, our_conv, our_norm in pairs:
+                entries.append(Entry(f"{theirs}.{conv}.weight",
+                                     ("weights", ours, our_conv, "kernel"), "conv"))
+                entries += _norm_entries(f"{theirs}.{norm}", (ours, our_norm))
+    return [*entries, *_dense_entries(dense)]
+
+
+def _preact_entries() -> list[Entry]:
+    """Pre-activation ResNet-18 as the CIFAR repositories name it."""
+    entries = [Entry("conv1.weight", ("weights", "conv1", "kernel"), "conv")]
+    for stage in range(1, 5):
+        for block in range(2):
+            theirs, ours = f"layer{stage}.{block}", f"layer{stage}_{block}"
+            for i in (1, 2):
+                entries += [*_norm_entries(f"{theirs}.bn{i}", (ours, f"bn{i}")),
+                            Entry(f"{theirs}.conv{i}.weight",
+                                  ("weights", ours, f"conv{i}", "kernel"), "conv")]
+            if stage > 1 and block == 0:
+                entries.append(Entry(f"{theirs}.shortcut.0.weight",
+                                     ("weights", ours, "shortcut_conv", "kernel"), "conv"))
+    return [*entries, *_dense_entries("linear")]
+
+
+def entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
+    """The layout of an architecture, in the spelling that ``names`` use.
+
+    Args:
+      arch: an architecture of `LAYOUTS`.
+      names: the tensors' names in a state_dict.
+
+    Returns:
+      An `Entry` for each tensor, batch counters apart.
+
+    Raises:
+      ValueError: an architecture without a layout.
+
+    Example:
+      >>> entries(Arch(name='resnet18', num_classes=10))[0].name
+      'conv1.weight'
+    """
+    validate.choice(LAYOUTS, arch=arch.name)
+    if arch.name == "small_vgg":
+        grid = (128, arch.image_shape[0] // 8, arch.image_shape[1] // 8)  # after three poolings
+        return [*_features_entries(_SMALL_VGG), *_dense_entries("classifier", grid)]
+    if arch.name == "vgg19_bn":
+        return [*_features_entries(_VGG19), *_dense_entries("classifier")]
+    if arch.name == "preact_resnet18":
+        return _preact_entries()
+    shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
+    return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")

@@ -42,6 +42,8 @@ def config(name: str, args, dataset: Dataset) -> Any:
     if isinstance(default, AWMConfig) and default.variant != "distilled":
         chosen["copies"] = (PRESETS[args.dataset].paper_copies if args.samples == "one-shot"
                             else 0)
+    if name == "ft_sam":
+        chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else PRESETS[args.dataset].ft_sam_rho
     if args.purify_epochs is not None and "epochs" in fields:
         chosen["epochs"] = args.purify_epochs
     for field, text in args.set or ():

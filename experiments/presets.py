@@ -24,15 +24,16 @@ class Preset:
     crop: int
     peak_lr: float
     paper_copies: int
+    ft_sam_rho: float
 
 
 PRESETS = {
     "digits": Preset(epochs=12, surrogate_epochs=5, batch_size=32, crop=2, peak_lr=3e-3,
-                     paper_copies=0),
+                     paper_copies=0, ft_sam_rho=2.0),
     "gtsrb": Preset(epochs=4, surrogate_epochs=2, batch_size=32, crop=2, peak_lr=2e-3,
-                    paper_copies=0),
+                    paper_copies=0, ft_sam_rho=8.0),
     "cifar10": Preset(epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3,
-                      paper_copies=9),
+                      paper_copies=9, ft_sam_rho=2.0),
     "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, crop=2, peak_lr=3e-3,
-                    paper_copies=0),
+                    paper_copies=0, ft_sam_rho=2.0),
 }

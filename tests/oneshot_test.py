@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from awm_jax import attacks, checkpoint
+from awm_jax import attacks, checkpoint, data
 from awm_jax.defences import DEFENCES
 from experiments import defending, oneshot, results
 from experiments.cli import parser
@@ -71,6 +71,14 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     assert purified == [1]  # seed 0 was there already
     assert len(json.loads((out / "results.json").read_text())["cells"]) == 2
     assert "| badnets | awm |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, rho", [
+    (["--dataset", "gtsrb"], 8), (["--dataset", "cifar10"], 2),
+    (["--dataset", "cifar10", "--arch", "vgg19_bn"], 6), (["--set", "rho=.5"], 0.5)])
+def test_ft_sam_has_its_papers_radius(argv, rho, tiny_dataset):
+    found = defending.config("ft_sam", parser().parse_args(argv), data.load("digits"))
+    assert found.radius == rho
 
 
 def test_interrupt_says_how_to_go_on(tiny_dataset, capsys, monkeypatch):

@@ -26,7 +26,7 @@ from awm_jax.defences.fine_prune import fp
 from awm_jax.defences.fine_tune import ft
 from awm_jax.defences.fst import fst
 from awm_jax.defences.ft_sam import ft_sam
-from awm_jax.defences.ibau import ibau
+from awm_jax.defences.ibau import ibau, ibau_official
 from awm_jax.defences.mcr import mcr
 from awm_jax.defences.nad import nad
 from awm_jax.defences.neural_cleanse import nc
@@ -56,6 +56,7 @@ DEFENCES: dict[str, Defence] = {defence.name: defence for defence in (
     ngd,
     weight_norm,
     ibau,
+    ibau_official,
     ac,
     abl,
     clp,
@@ -92,6 +93,7 @@ __all__ = [
     "ft",
     "ft_sam",
     "ibau",
+    "ibau_official",
     "mcr",
     "nad",
     "nc",

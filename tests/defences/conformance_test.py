@@ -35,6 +35,7 @@ CASES = {
     "mcr": {**_TUNE, "end_epochs": 1},
     "fst": _TUNE,
     "ibau": {"rounds": 2, "batch_size": 4, "fixed_point_steps": 2},
+    "ibau_official": {"rounds": 1, "batch_size": 4, "fixed_point_steps": 1},
     "clp": {"u": 1.0},
     "fp": _TUNE,
     "nad": {**_TUNE, "teacher_epochs": 1},
@@ -49,10 +50,11 @@ CASES = {
 }
 # The scope keeps a defence's tests together, so that one process compiles it for all of them.
 EVERY = pytest.mark.parametrize("name", list(DEFENCES), scope="module")
-# AWM's other variants are `awm_paper`'s program with other constants: it speaks for them.
+# A variant of AWM or of I-BAU is the same program with other constants: one speaks for them.
 PROGRAMS = pytest.mark.parametrize("name", [
-    name for name, defence in DEFENCES.items() if name in ("awm", "awm_paper")
-    or defence.method is not DEFENCES["awm_paper"].method], scope="module")
+    name for name, defence in DEFENCES.items() if name in ("awm", "awm_paper", "ibau")
+    or defence.method not in (DEFENCES["awm_paper"].method, DEFENCES["ibau"].method)],
+    scope="module")
 
 
 @pytest.fixture(scope="module")

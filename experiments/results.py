@@ -60,11 +60,11 @@ def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
     return cells
 
 
-def mean_std(values: Sequence[float] | np.ndarray) -> str:
+def mean_std(values: Sequence[float] | np.ndarray, digits: int = 2) -> str:
     """'mean±std' with the sample standard deviation; one value stands alone."""
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f}±{np.std(values, ddof=1):.2f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f}±{np.std(values, ddof=1):.{digits}f}"
 
 
 def _groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -117,7 +117,7 @@ def matrix(cells: list[dict]) -> str:
       cells: as `table` takes them.
 
     Returns:
-      The table; means over seeds, a dash where nothing was run.
+      The table; means and standard deviations over seeds, a dash where nothing was run.
     """
     groups = _groups(cells)
     attacks = list(dict.fromkeys(attack for attack, _ in groups))
@@ -136,10 +136,9 @@ def matrix(cells: list[dict]) -> str:
             group = groups.get((attack, defence))
             if not group:
                 return "-"
-            means = [np.mean([value(cell) for cell in group]) for value in (
-                lambda cell: cell["after"]["acc"], lambda cell: cell["after"]["asr"],
-                lambda cell: cell["der"])]
-            return " / ".join(f"{mean:.1f}" for mean in means)
+            return " / ".join(mean_std(values, 1) for values in (
+                [cell["after"]["acc"] for cell in group], [cell["after"]["asr"] for cell in group],
+                [cell["der"] for cell in group]))
 
         lines.append(row(defence, entry))
     return "\n".join(lines)
@@ -158,7 +157,8 @@ def summary(cells: list[dict]) -> str:
       The table; each figure is a mean over attacks of means over seeds.
     """
     groups = _groups(cells)
-    lines = ["| defence | paper | data | s | ACC | ASR | DER | attacks |", "|" + "---|" * 8]
+    lines = ["| defence | paper | data | s | ACC | ASR | DER | attacks | seeds |",
+             "|" + "---|" * 9]
     for name in dict.fromkeys(defence for _, defence in groups):
         mine = [group for (_, defence), group in groups.items() if defence == name]
 
@@ -169,11 +169,12 @@ def summary(cells: list[dict]) -> str:
         paper = "" if defence is None else defence.paper
         needs = "" if defence is None else _NEEDS[defence.needs]
         seconds = np.median([cell["seconds"] for group in mine for cell in group])
+        seeds = sorted({len(group) for group in mine})
         lines.append(
             f"| `{name}` | {paper} | {needs} | {seconds:.0f} | "
             f"{mean(lambda cell: cell['after']['acc']):.1f} | "
             f"{mean(lambda cell: cell['after']['asr']):.1f} | "
-            f"{mean(lambda cell: cell['der']):.1f} | {len(mine)} |")
+            f"{mean(lambda cell: cell['der']):.1f} | {len(mine)} | {'-'.join(map(str, seeds))} |")
     return "\n".join(lines)
 
 

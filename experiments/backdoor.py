@@ -1,0 +1,97 @@
+"""Train backdoored networks and score them, before any defence.
+
+    python -m experiments.backdoor --dataset=gtsrb --data_dir DIR --attack all --benign
+
+Networks are cached and their training resumes; `experiments.oneshot` finds the same ones.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from awm_jax import data, metrics
+from experiments import cli, networks, results, scene
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = cli.scene_parser("python -m experiments.backdoor",
+                         "Train (or load) backdoored networks and report ACC and ASR.")
+    p.add_argument("--benign", action="store_true",
+                   help="also a network without a backdoor, trained as long")
+    p.add_argument("--out", type=pathlib.Path,
+                   help="run directory (default: runs/backdoor-DATASET-ARCH)")
+    return p
+
+
+def _row(on_stage: scene.Scene) -> dict:
+    """What results.json keeps of a network."""
+    spec = on_stage.spec
+    return {"attack": on_stage.name, "target": on_stage.attack.target,
+            "rate": None if spec is None else spec.rate,
+            "epochs": None if spec is None else spec.epochs, **on_stage.before._asdict()}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown table, a row a network, in percent.
+
+    Args:
+      rows: as in results.json: ``attack``, ``target``, ``rate``, ``epochs`` and the scores.
+
+    Returns:
+      The table; a dash where nothing is known.
+    """
+    def known(value, text):
+        return "-" if value is None else format(value, text)
+
+    lines = ["| attack | target | poison rate | epochs | ACC | ASR | ASR(all) | RA |",
+             "|" + "---|" * 8]
+    lines += [
+        f"| {row['attack']} | {known(row['target'], 'd')} | {known(row['rate'], 'g')} | "
+        f"{known(row['epochs'], 'd')} | {row['acc']:.2f} | {known(row['asr'], '.2f')} | "
+        f"{known(row['asr_all'], '.2f')} | {known(row['recovered'], '.2f')} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _benign(example: scene.Scene) -> dict:
+    """The row of a network without a backdoor: only its accuracy means anything."""
+    assert example.spec is not None
+    spec = networks.benign(example.spec, example.spec.epochs)
+    params = networks.get_network(spec, example.dataset, data.cache_directory() / "networks")
+    chosen = example.split.eval_indices
+    predictions = metrics.predict(params, example.dataset.test_images[chosen])
+    accuracy = 100 * float((predictions == example.dataset.test_labels[chosen]).mean())
+    return {"attack": "benign", "target": None, "rate": None, "epochs": spec.epochs,
+            "acc": accuracy, "asr": None, "asr_all": None, "recovered": None}
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The whole job; returns the rows of results.json."""
+    if args.benign and args.checkpoint is not None:
+        raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
+                         "is not known.")
+    dataset = cli.load(args)
+    folder = args.out or pathlib.Path("runs") / f"backdoor-{args.dataset}-{args.arch}"
+    rows: list[dict] = []
+    for name in args.attack:
+        on_stage = scene.make(name, args, dataset, data.cache_directory() / "networks")
+        rows.append(_row(on_stage))
+        print(f"{on_stage.name}: ACC {rows[-1]['acc']:.2f}, ASR {rows[-1]['asr']:.2f}", flush=True)
+        if args.benign and name == args.attack[-1]:
+            rows.append(_benign(on_stage))
+        results.write_json(folder / "results.json", {
+            "dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
+            "command": " ".join(["python -m experiments.backdoor", *sys.argv[1:]]), "rows": rows})
+    (folder / "table.md").write_text(table(rows) + "\n")
+    print(f"\n{table(rows)}\n\nEverything is in {folder}/ (results.json, table.md).")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = _parser().parse_args(argv)
+    return cli.run("experiments.backdoor", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,8 @@ def test_seeds_and_attacks_of_two_runs_become_one_table(tmp_path, capsys):
     out = tmp_path / "table.md"
     assert merge.main([str(one), str(two), "--out", str(out)]) == 0
     text = out.read_text()
-    assert "| ft | 85.0 / 1.0 / 4.0 | 70.0 / 1.0 / 4.0 |" in text  # seed 0 is the first run's
+    # Of seed 0, the first run's; the second run has another.
+    assert "| ft | 85.0±7.1 / 1.0±0.0 / 4.0±0.0 | 70.0 / 1.0 / 4.0 |" in text
     assert "| anp | 50.0 / 1.0 / 4.0 | - |" in text
     assert "85.00±7.07" in text and text in capsys.readouterr().out
 

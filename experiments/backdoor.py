@@ -9,8 +9,8 @@ import argparse
 import pathlib
 import sys
 
-from awm_jax import data, metrics
-from experiments import cli, networks, results, scene
+from awm_jax import data
+from experiments import cli, results, scene
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _row(on_stage: scene.Scene) -> dict:
-    """What results.json keeps of a network."""
+    """What networks.json keeps of a network."""
     spec = on_stage.spec
     return {"attack": on_stage.name, "target": on_stage.attack.target,
             "rate": None if spec is None else spec.rate,
@@ -36,7 +36,7 @@ def table(rows: list[dict]) -> str:
     """Markdown table, a row a network, in percent.
 
     Args:
-      rows: as in results.json: ``attack``, ``target``, ``rate``, ``epochs`` and the scores.
+      rows: as in networks.json: ``attack``, ``target``, ``rate``, ``epochs`` and the scores.
 
     Returns:
       The table; a dash where nothing is known.
@@ -53,37 +53,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _benign(example: scene.Scene) -> dict:
+def _benign_row(on_stage: scene.Scene) -> dict:
     """The row of a network without a backdoor: only its accuracy means anything."""
-    assert example.spec is not None
-    spec = networks.benign(example.spec, example.spec.epochs)
-    params = networks.get_network(spec, example.dataset, data.cache_directory() / "networks")
-    chosen = example.split.eval_indices
-    predictions = metrics.predict(params, example.dataset.test_images[chosen])
-    accuracy = 100 * float((predictions == example.dataset.test_labels[chosen]).mean())
-    return {"attack": "benign", "target": None, "rate": None, "epochs": spec.epochs,
-            "acc": accuracy, "asr": None, "asr_all": None, "recovered": None}
+    return {**_row(on_stage), "target": None, "rate": None, "asr": None, "asr_all": None,
+            "recovered": None}
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """The whole job; returns the rows of results.json."""
-    if args.benign and args.checkpoint is not None:
-        raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
-                         "is not known.")
+    """The whole job; returns the rows of networks.json."""
     dataset = cli.load(args)
+    cache = data.cache_directory() / "networks"
     folder = args.out or pathlib.Path("runs") / f"backdoor-{args.dataset}-{args.arch}"
     rows: list[dict] = []
     for name in args.attack:
-        on_stage = scene.make(name, args, dataset, data.cache_directory() / "networks")
+        on_stage = scene.make(name, args, dataset, cache)
         rows.append(_row(on_stage))
         print(f"{on_stage.name}: ACC {rows[-1]['acc']:.2f}, ASR {rows[-1]['asr']:.2f}", flush=True)
         if args.benign and name == args.attack[-1]:
-            rows.append(_benign(on_stage))
-        results.write_json(folder / "results.json", {
+            rows.append(_benign_row(scene.benign(on_stage, cache)))
+        results.write_json(folder / "networks.json", {
             "dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
             "command": " ".join(["python -m experiments.backdoor", *sys.argv[1:]]), "rows": rows})
-    (folder / "table.md").write_text(table(rows) + "\n")
-    print(f"\n{table(rows)}\n\nEverything is in {folder}/ (results.json, table.md).")
+    (folder / "networks.md").write_text(table(rows) + "\n")
+    print(f"\n{table(rows)}\n\nEverything is in {folder}/ (networks.json, networks.md).")
     return rows
 
 

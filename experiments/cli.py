@@ -104,7 +104,8 @@ def check(args: argparse.Namespace) -> None:
 
     Raises:
       FileNotFoundError: ``--checkpoint`` or ``--trigger`` is not there.
-      ValueError: several attacks beside either, which is of one.
+      ValueError: several attacks beside either, which is of one; or ``--benign``, where a command
+        has it, beside ``--checkpoint``.
     """
     if args.checkpoint is not None and not args.checkpoint.exists():
         raise FileNotFoundError(f"Expected a network at {args.checkpoint}, found nothing there.")
@@ -114,6 +115,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("Expected one --attack beside --trigger: a PNG is one trigger.")
     if args.checkpoint is not None and len(args.attack) > 1:
         raise ValueError("Expected one --attack beside --checkpoint: a network carries one.")
+    if args.checkpoint is not None and getattr(args, "benign", False):
+        raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
+                         "is not known, so none can be trained alike without a backdoor.")
 
 
 def load(args: argparse.Namespace) -> Dataset:
@@ -128,7 +132,7 @@ def load(args: argparse.Namespace) -> Dataset:
     if args.target is not None and not 0 <= args.target < dataset.num_classes:
         raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
     if args.trigger is None:
-        for name in args.attack:  # from random starts, which takes no surrogate and no time
+        for name in args.attack:  # from random starts: no surrogate is trained
             attacks.make(name, jax.random.key(0), dataset.train_images.shape[1:],
                          dataset.num_classes, target=args.target)
     return dataset

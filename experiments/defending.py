@@ -42,8 +42,6 @@ def config(name: str, args, dataset: Dataset) -> Any:
     if isinstance(default, AWMConfig) and default.variant != "distilled":
         chosen["copies"] = (PRESETS[args.dataset].paper_copies if args.samples == "one-shot"
                             else 0)
-    if name == "ft_sam":
-        chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else PRESETS[args.dataset].ft_sam_rho
     if args.purify_epochs is not None and "epochs" in fields:
         chosen["epochs"] = args.purify_epochs
     for field, text in args.set or ():
@@ -52,6 +50,8 @@ def config(name: str, args, dataset: Dataset) -> Any:
                 chosen[field] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 chosen[field] = text
+    if name == "ft_sam" and "rho" not in chosen and chosen.get("adaptive", default.adaptive):
+        chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else PRESETS[args.dataset].ft_sam_rho
     try:
         return dataclasses.replace(default, **chosen)
     except TypeError as error:

@@ -27,7 +27,7 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], str]:
 
     Raises:
       FileNotFoundError: a directory without results.
-      ValueError: runs that do not belong together.
+      ValueError: runs that do not belong together, or a file that is no run's.
     """
     cells: dict[tuple, dict] = {}
     kinds = set()
@@ -35,10 +35,14 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], str]:
         file = path / "results.json"
         if not file.is_file():
             raise FileNotFoundError(f"Expected {file}, found none. Is {path} a run directory?")
-        found = json.loads(file.read_text())
-        for cell in found["cells"].values():
-            kinds.add((found["dataset"], found["arch"], str(cell["samples"])))
-            cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
+        try:
+            found = json.loads(file.read_text())
+            for cell in found["cells"].values():
+                kinds.add((found["dataset"], found["arch"], str(cell["samples"])))
+                cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Expected {file} to be written by experiments.oneshot; it is damaged "
+                             f"or of another kind ({type(error).__name__}: {error}).") from error
     if len(kinds) != 1:
         raise ValueError("Expected runs on one data set, network and number of clean images, got: "
                          + "; ".join(", ".join(kind) for kind in sorted(kinds)) + ".")

@@ -7,7 +7,6 @@ each class, or in a small network, it need not. `--benign` puts a network withou
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 
@@ -17,7 +16,7 @@ import numpy as np
 from awm_jax import data
 from awm_jax.defences.anp import prediction_proportions
 from awm_jax.report import figures
-from experiments import cli, networks, results, scene
+from experiments import cli, results, scene
 from experiments.scene import Scene
 
 
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--benign", action="store_true",
                      help="a network without a backdoor, trained alike, beside each")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/proportions"),
-                   help="directory of results.json and the pictures (default: %(default)s)")
+                   help="directory of proportions.json and the pictures (default: %(default)s)")
     return p
 
 
@@ -78,17 +77,6 @@ def measure(on_stage: Scene, samples: str | int, eps: float, steps: int, seeds: 
             "error_rate": [float(one.error_rate) for one in found]}
 
 
-def _benign(on_stage: Scene) -> Scene:
-    """The same stage with a network trained on clean images."""
-    spec = on_stage.spec
-    if spec is None:
-        raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
-                         "is not known.")
-    params = networks.get_network(networks.benign(spec, spec.epochs), on_stage.dataset,
-                                  data.cache_directory() / "networks")
-    return dataclasses.replace(on_stage, name="benign", params=params)
-
-
 def _table(rows: list[dict]) -> str:
     """One row a network, number of images and bound, in percent."""
     lines = ["| network | images | eps | error rate | attacker's class | largest class |",
@@ -105,12 +93,13 @@ def _table(rows: list[dict]) -> str:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """The whole job; returns the rows of results.json."""
+    """The whole job; returns the rows of proportions.json."""
     dataset = cli.load(args)
+    cache = data.cache_directory() / "networks"
     rows: list[dict] = []
     for attack in args.attack:
-        attacked = scene.make(attack, args, dataset, data.cache_directory() / "networks")
-        for on_stage in (attacked, _benign(attacked)) if args.benign else (attacked,):
+        attacked = scene.make(attack, args, dataset, cache)
+        for on_stage in (attacked, scene.benign(attacked, cache)) if args.benign else (attacked,):
             mine = [measure(on_stage, samples, eps, args.steps, args.seeds)
                     for samples in args.samples for eps in args.eps]
             stem = attacked.name.replace(":", "-") + ("-benign" if on_stage is not attacked else "")
@@ -120,9 +109,11 @@ def run(args: argparse.Namespace) -> list[dict]:
                 attacked.attack.target, f"{on_stage.name}: predictions of the perturbed network")
             rows += mine
             print(_table(mine), flush=True)
-    results.write_json(args.out / "results.json", {"versions": results.versions(), "rows": rows})
-    (args.out / "table.md").write_text(_table(rows) + "\n")
-    print(f"Everything is in {args.out}/ (results.json, table.md, pictures).")
+            results.write_json(args.out / "proportions.json", {
+                "dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
+                "rows": rows})
+    (args.out / "proportions.md").write_text(_table(rows) + "\n")
+    print(f"Everything is in {args.out}/ (proportions.json, proportions.md, pictures).")
     return rows
 
 

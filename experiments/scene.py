@@ -64,6 +64,14 @@ class Scene:
         return Batch(images, labels)  # type: ignore[arg-type]  # NumPy: uint8 stays on the host
 
 
+def benign(on_stage: Scene, cache: pathlib.Path) -> Scene:
+    """The same stage with a network trained alike on clean images; not for one from a file."""
+    assert on_stage.spec is not None
+    spec = networks.benign(on_stage.spec, on_stage.spec.epochs)
+    params = networks.get_network(spec, on_stage.dataset, cache)
+    return dataclasses.replace(on_stage, name="benign", params=params)
+
+
 def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     """A network of somebody else: Orbax directory or PyTorch file."""
     if path.is_dir():

@@ -12,19 +12,19 @@ ARGV = ["--epochs", "1", "--attack", "badnets,wanet"]
 def test_scores_each_network_and_a_benign_one_and_keeps_them(tiny_dataset, capsys, monkeypatch):
     out = tiny_dataset / "run"
     assert backdoor.main([*ARGV, "--benign", "--out", str(out)]) == 0
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    rows = json.loads((out / "networks.json").read_text())["rows"]
     assert [(row["attack"], row["rate"]) for row in rows] == [
         ("badnets", 0.05), ("wanet", 0.1), ("benign", None)]
     assert all(0 <= row["acc"] <= 100 for row in rows)
     assert all(0 <= row["asr"] <= 100 for row in rows[:2]) and rows[2]["asr"] is None
-    assert "| benign | - | - | 1 |" in (out / "table.md").read_text()
+    assert "| benign | - | - | 1 |" in (out / "networks.md").read_text()
 
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(networks.training, "train", refuse)
     assert backdoor.main([*ARGV, "--benign", "--out", str(out)]) == 0
-    assert json.loads((out / "results.json").read_text())["rows"] == rows
+    assert json.loads((out / "networks.json").read_text())["rows"] == rows
 
 
 def test_table_by_hand():
@@ -36,7 +36,7 @@ def test_table_by_hand():
 
 @pytest.mark.parametrize("argv, word", [
     (["--attack", "trojan_sq"], "32x32"), (["--attack", "sig", "--target", "11"], "0..9"),
-    (["--benign", "--checkpoint", "/nowhere"], "benign")])
+    (["--benign", "--attack", "badnets", "--checkpoint", "."], "no --checkpoint")])
 def test_what_does_not_go_together_is_refused(tiny_dataset, argv, word, capsys):
     assert backdoor.main([*argv, "--out", str(tiny_dataset / "run")]) == 2
     assert word in capsys.readouterr().err and not (tiny_dataset / "run").exists()

@@ -1,6 +1,5 @@
 """The command that draws every attack."""
 
-import numpy as np
 import pytest
 
 from experiments import gallery
@@ -25,4 +24,4 @@ def test_what_does_not_go_together_is_refused(tiny_dataset, argv, word, capsys):
 
 def test_every_attack_is_drawn_unless_told_otherwise():
     assert len(gallery._parser().parse_args([]).attack) >= 13
-    assert np.size(gallery._parser().parse_args(["--attack", "sig"]).attack) == 1
+    assert gallery._parser().parse_args(["--attack", "sig"]).attack == ("sig",)

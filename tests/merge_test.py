@@ -41,6 +41,15 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, other):
     assert next(iter(other.values())) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": []}', '{"cells": []}',
+                                     '{"cells": {"a": {}}, "dataset": "x", "arch": "y"}'])
+def test_files_of_another_kind_are_named(tmp_path, capsys, content):
+    (tmp_path / "results.json").write_text(content)
+    assert merge.main([str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "results.json to be written by experiments.oneshot" in err and err.count("\n") == 1
+
+
 def test_no_results_there(tmp_path, capsys):
     assert merge.main([str(tmp_path)]) == 2
     assert "results.json" in capsys.readouterr().err

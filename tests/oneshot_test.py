@@ -75,7 +75,8 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, rho", [
     (["--dataset", "gtsrb"], 8), (["--dataset", "cifar10"], 2),
-    (["--dataset", "cifar10", "--arch", "vgg19_bn"], 6), (["--set", "rho=.5"], 0.5)])
+    (["--dataset", "cifar10", "--arch", "vgg19_bn"], 6), (["--set", "rho=.25"], 0.25),
+    (["--dataset", "gtsrb", "--set", "adaptive=False"], 0.5)])
 def test_ft_sam_has_its_papers_radius(argv, rho, tiny_dataset):
     found = defending.config("ft_sam", parser().parse_args(argv), data.load("digits"))
     assert found.radius == rho

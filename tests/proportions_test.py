@@ -13,7 +13,7 @@ ARGV = ["--epochs", "1", "--samples", "20", "--eps", ".4", "--seeds", "2"]
 def test_measures_the_suspect_and_a_benign_network(tiny_dataset, capsys):
     out = tiny_dataset / "run"
     assert proportions.main([*ARGV, "--benign", "--out", str(out)]) == 0
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    rows = json.loads((out / "proportions.json").read_text())["rows"]
     assert [(row["network"], row["samples"]) for row in rows] == [
         ("badnets", 20), ("benign", 20)]
     for row in rows:
@@ -44,3 +44,9 @@ def test_wrong_values_get_one_line(argv, word, capsys):
         proportions.main(argv)
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1 and word in err
+
+
+def test_a_benign_twin_of_a_strangers_network_is_refused(tiny_dataset, capsys):
+    argv = ["--benign", "--checkpoint", str(tiny_dataset), "--out", str(tiny_dataset / "run")]
+    assert proportions.main(argv) == 2
+    assert "no --checkpoint" in capsys.readouterr().err and not (tiny_dataset / "run").exists()

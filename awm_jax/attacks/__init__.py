@@ -67,6 +67,15 @@ def make(name: str, key: jax.Array, image_shape: tuple[int, int, int], num_class
 def poison_rate(name: str) -> float:
     """The rate of an attack's paper, for `poison`; the AWM paper's .05 where that names none.
 
+    Args:
+      name: a key of `ATTACKS`.
+
+    Returns:
+      A share in (0, 1]: of all images, or of the target class's where labels stay clean.
+
+    Raises:
+      ValueError: an unknown name.
+
     Example:
       >>> poison_rate('badnets'), poison_rate('sig')
       (0.05, 0.8)

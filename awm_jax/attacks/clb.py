@@ -78,6 +78,12 @@ class Hardened(NamedTuple):
 def corners(image_shape: tuple[int, int, int]) -> Trigger:
     """The 3x3 checkerboard in all four corners, mirrored so that each corner pixel is white.
 
+    Args:
+      image_shape: ``(H, W, C)``, at least 6x6.
+
+    Returns:
+      `Trigger` that replaces 36 pixels.
+
     Raises:
       ValueError: images under 6x6 pixels.
 

@@ -45,7 +45,19 @@ def sample(images: jax.Array, grid: jax.Array) -> jax.Array:
 
 
 def identity(height: int, width: int) -> jax.Array:
-    """The grid ``[H, W, 2]`` that leaves an image as it is."""
+    """The grid that leaves an image as it is.
+
+    Args:
+      height: H in pixels.
+      width: W in pixels.
+
+    Returns:
+      ``[H, W, 2]`` in [-1, 1], x then y, for `sample`.
+
+    Example:
+      >>> identity(2, 3)[1].tolist()
+      [[-1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
+    """
     y, x = jnp.meshgrid(jnp.linspace(-1, 1, height), jnp.linspace(-1, 1, width), indexing="ij")
     return jnp.stack([x, y], axis=-1)
 
@@ -76,7 +88,7 @@ def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
       strength: s, > 0.
 
     Returns:
-      ``[H, W, 2]`` for `sample`.
+      ``[H, W, 2]`` in [-1, 1] for `sample`.
 
     Example:
       >>> grid = warping_grid(jax.random.key(0), 32, 32)
@@ -124,7 +136,7 @@ def _fits(images: jax.Array, grid: jax.Array) -> None:
 
 def wanet(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *,
           target: int | None = None) -> Attack:
-    """A smooth warp of under two pixels; twice as many images are warped at random, labels right.
+    """A smooth warp of under a pixel; twice as many images are warped at random, labels right.
 
     Without these the network would learn that any warped image is the attacker's. Images are chosen
     once, not anew in every batch as the paper does.

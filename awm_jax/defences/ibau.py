@@ -220,7 +220,7 @@ ibau = Defence(
 )
 
 ibau_official = Defence(
-    # As the published code runs, and so the AWM paper's I-BAU: one image of a hundred is perturbed.
+    # As the published code runs: one image of a hundred is perturbed.
     name="ibau_official", method=_method, default=IBAUConfig(patching="official"), remit=WEIGHTS,
     paper="Zeng et al. 2022, as their published code runs: 1% of a batch is perturbed",
 )

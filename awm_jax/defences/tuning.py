@@ -97,6 +97,14 @@ def minibatches(key: jax.Array, count: int, batch_size: int, epochs: int) -> jax
 def passes(steps: int, count: int, batch_size: int) -> int:
     """How many passes over ``count`` images hold at least so many steps of `descend`.
 
+    Args:
+      steps: >= 1.
+      count: images, >= 1.
+      batch_size: images a step, >= 1; all of them where there are fewer.
+
+    Returns:
+      Passes, >= 1.
+
     Example:
       >>> passes(2000, 500, 128)
       500
@@ -106,6 +114,14 @@ def passes(steps: int, count: int, batch_size: int) -> int:
 
 def for_steps(steps: int, count: int, config: Any) -> MinibatchConfig:
     """Passes over ``count`` images that hold so many steps, all else as ``config`` has it.
+
+    Args:
+      steps: >= 1.
+      count: images, >= 1.
+      config: settings with ``batch_size``, ``crop`` and ``flip``.
+
+    Returns:
+      `MinibatchConfig`, for `descend` with an optimiser.
 
     Example:
       >>> for_steps(2000, 500, MinibatchConfig()).epochs

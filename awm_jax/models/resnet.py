@@ -16,6 +16,16 @@ def _norm(train, name):
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
 
 
+def _stages(network, block, x, train):
+    """Four stages of two blocks, each stage but the first at half the size; each stage is sown."""
+    for stage, features in enumerate((64, 128, 256, 512), start=1):
+        for i in range(2):
+            stride = 2 if stage > 1 and i == 0 else 1
+            x = block(features, stride, name=f"layer{stage}_{i}")(x, train)
+        network.sow("intermediates", f"block{stage}", x)
+    return x
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
@@ -55,11 +65,7 @@ class ResNet18(nn.Module):
     def __call__(self, x, train: bool):
         """Logits [B, num_classes] of images [B, H, W, C]."""
         x = nn.relu(_norm(train, "bn1")(_conv(64, 3, 1, "conv1")(x)))
-        for stage, features in enumerate((64, 128, 256, 512), start=1):
-            for block in range(2):
-                stride = 2 if stage > 1 and block == 0 else 1
-                x = BasicBlock(features, stride, name=f"layer{stage}_{block}")(x, train)
-            self.sow("intermediates", f"block{stage}", x)
+        x = _stages(self, BasicBlock, x, train)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))
 
 
@@ -97,10 +103,5 @@ class PreActResNet18(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Logits [B, num_classes] of images [B, H, W, C]."""
-        x = _conv(64, 3, 1, "conv1")(x)
-        for stage, features in enumerate((64, 128, 256, 512), start=1):
-            for block in range(2):
-                stride = 2 if stage > 1 and block == 0 else 1
-                x = PreActBlock(features, stride, name=f"layer{stage}_{block}")(x, train)
-            self.sow("intermediates", f"block{stage}", x)
+        x = _stages(self, PreActBlock, _conv(64, 3, 1, "conv1")(x), train)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

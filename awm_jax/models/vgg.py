@@ -5,6 +5,14 @@ from flax import linen as nn
 from awm_jax.models import ops
 
 
+def _conv_norm(x, features, index, train):
+    """A 3x3 convolution and its BatchNorm, with PyTorch's constants."""
+    x = nn.Conv(features, (3, 3), padding=1, name=f"conv{index}",
+                conv_general_dilated=ops.flax_conv)(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
+                        name=f"bn{index}")(x)
+
+
 class SmallVGG(nn.Module):
     """Six 3x3 convolutions, each with BatchNorm and ELU, in three blocks, and one dense layer."""
 
@@ -22,11 +30,7 @@ class SmallVGG(nn.Module):
         for block, (features, dropout) in enumerate(((32, 0.3), (64, 0.4), (128, 0.4)), start=1):
             for _ in range(2):
                 index += 1
-                x = nn.Conv(features, (3, 3), padding=1, name=f"conv{index}",
-                            conv_general_dilated=ops.flax_conv)(x)
-                x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
-                                 name=f"bn{index}")(x)
-                x = ops.elu(x)
+                x = ops.elu(_conv_norm(x, features, index, train))
             self.sow("intermediates", f"block{block}", x)
             x = ops.max_pool_2x2(x)
             x = nn.Dropout(dropout, deterministic=not train)(x)
@@ -54,10 +58,7 @@ class VGG19BN(nn.Module):
         for block, (features, count) in enumerate(blocks, start=1):
             for _ in range(count):
                 index += 1
-                x = nn.Conv(features, (3, 3), padding=1, name=f"conv{index}",
-                            conv_general_dilated=ops.flax_conv)(x)
-                x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5,
-                                         name=f"bn{index}")(x))
+                x = nn.relu(_conv_norm(x, features, index, train))
             self.sow("intermediates", f"block{block}", x)
             x = ops.max_pool_2x2(x)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,14 @@ class TrainConfig:
         validate.at_least(0, weight_decay=self.weight_decay, crop=self.crop)
 
 
+class Attacker(Protocol):
+    """Changes every batch before the network learns from it; hashable, since it is static."""
+
+    def __call__(self, key: jax.Array, state: Any, params: Params, images: jax.Array,
+                 labels: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        """``(state, images, labels)`` of augmented images ``[B, H, W, C]`` in [0, 1]."""
+
+
 class TrainState(NamedTuple):
     """What continues from epoch to epoch; a tree of arrays, so it can be checkpointed.
 
@@ -55,12 +63,14 @@ class TrainState(NamedTuple):
       batch_stats: its BatchNorm statistics.
       opt_state: the optimiser's state.
       epoch: epochs done.
+      attacker: what an `Attacker` carries on; ``()`` without one.
     """
 
     weights: Any
     batch_stats: Any
     opt_state: Any
     epoch: jax.Array
+    attacker: Any = ()
 
 
 def _optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -71,7 +81,8 @@ def _optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
                        mask=lambda w: jax.tree.map(lambda leaf: leaf.ndim > 1, w))
 
 
-def init(key: jax.Array, arch: Arch, config: TrainConfig, num_images: int) -> TrainState:
+def init(key: jax.Array, arch: Arch, config: TrainConfig, num_images: int,
+         attacker: Any = ()) -> TrainState:
     """Fresh weights and optimiser state.
 
     Args:
@@ -79,6 +90,7 @@ def init(key: jax.Array, arch: Arch, config: TrainConfig, num_images: int) -> Tr
       arch: what to train.
       config: how.
       num_images: size of the training set, at least one batch.
+      attacker: what an `Attacker` starts from.
 
     Returns:
       `TrainState` before its first epoch.
@@ -89,11 +101,12 @@ def init(key: jax.Array, arch: Arch, config: TrainConfig, num_images: int) -> Tr
     validate.at_least(config.batch_size, num_images=num_images)
     params = models.create(key, arch)
     opt_state = _optimiser(config, num_images // config.batch_size).init(params.weights)
-    return TrainState(params.weights, params.batch_stats, opt_state, jnp.zeros((), jnp.int32))
+    return TrainState(params.weights, params.batch_stats, opt_state, jnp.zeros((), jnp.int32),
+                      attacker)
 
 
 def epoch(key: jax.Array, state: TrainState, images: jax.Array, labels: jax.Array, arch: Arch,
-          config: TrainConfig) -> tuple[TrainState, jax.Array]:
+          config: TrainConfig, attacker: Attacker | None = None) -> tuple[TrainState, jax.Array]:
     """One pass over a reshuffled training set, as one scan.
 
     Args:
@@ -103,6 +116,7 @@ def epoch(key: jax.Array, state: TrainState, images: jax.Array, labels: jax.Arra
       labels: ``[N]`` int32.
       arch: what is trained (static).
       config: how (static).
+      attacker: changes every batch (static); it starts from ``state.attacker``.
 
     Returns:
       ``(state, loss)``: the mean loss of the epoch. The last partial batch is left out.
@@ -118,27 +132,32 @@ def epoch(key: jax.Array, state: TrainState, images: jax.Array, labels: jax.Arra
         x = images[picks].astype(jnp.float32) / 255.0
         if config.augment:
             x = augment.crop_flip(key_crop, x, pad=config.crop, flip=config.flip)
+        y, carried = labels[picks], state.attacker
+        if attacker is not None:
+            carried, x, y = attacker(jax.random.fold_in(key, 2), carried,
+                                     Params(state.weights, state.batch_stats, arch), x, y)
 
         def loss_fn(weights):
             params = Params(weights, state.batch_stats, arch)
             logits, batch_stats = models.apply_train(params, x, key=key_dropout)
-            return losses.cross_entropy(logits, labels[picks]), batch_stats
+            return losses.cross_entropy(logits, y), batch_stats
 
         (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.weights)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        return TrainState(weights, batch_stats, opt_state, state.epoch), loss
+        return TrainState(weights, batch_stats, opt_state, state.epoch, carried), loss
 
     inputs = (order.reshape(steps, config.batch_size), jax.random.split(key_steps, steps))
     state, step_losses = jax.lax.scan(step, state, inputs)
     return state._replace(epoch=state.epoch + 1), step_losses.mean()
 
 
-_jit_epoch = jax.jit(epoch, static_argnames=("arch", "config"), donate_argnums=1)
+_jit_epoch = jax.jit(epoch, static_argnames=("arch", "config", "attacker"), donate_argnums=1)
 
 
 def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
           config: TrainConfig, *, state: TrainState | None = None,
+          attacker: Attacker | None = None, attacker_state: Any = (),
           on_epoch: Callable[[int, int, TrainState, float], None] | None = None) -> Params:
     """Trains a network, one compiled program for all epochs.
 
@@ -149,6 +168,9 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
       arch: what to train.
       config: how.
       state: where to go on from, as ``on_epoch`` received it; None starts afresh.
+      attacker: changes every batch before the network learns from it; None for none.
+      attacker_state: what it starts from, a tree of arrays; ``on_epoch`` gets what became of it as
+        ``state.attacker``.
       on_epoch: called after each epoch as ``(done, total, state, loss)``.
 
     Returns:
@@ -168,10 +190,12 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
     validate.training_set(images, labels, num_classes=arch.num_classes,
                           image_shape=arch.image_shape)
     key_init, key_run = jax.random.split(key)
-    state = init(key_init, arch, config, len(images)) if state is None else state
+    if state is None:
+        # A copy: every epoch donates its state, and the caller's arrays are not ours to give away.
+        state = init(key_init, arch, config, len(images), jax.tree.map(jnp.copy, attacker_state))
     on_device = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
     for done in range(int(state.epoch), config.epochs):
-        state, loss = _jit_epoch(key_run, state, *on_device, arch, config)
+        state, loss = _jit_epoch(key_run, state, *on_device, arch, config, attacker)
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"Expected a finite loss, got {float(loss)} in epoch {done + 1}. Lower "

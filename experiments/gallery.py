@@ -2,7 +2,8 @@
 
     python -m experiments.gallery --dataset=gtsrb --data_dir DIR --attack all --out gallery.png
 
-Triggers that are found on a clean network train one first, unless the cache has it.
+Triggers that are found on a clean network, or trained along with one, train it first, unless the
+cache has it.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import numpy as np
 
 from awm_jax import data
 from awm_jax.report import pictures
-from experiments import cli, scene
+from experiments import cli, networks, scene
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,9 +37,10 @@ def run(args: argparse.Namespace) -> dict[str, np.ndarray]:
     _, first = np.unique(dataset.test_labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(args.images, len(first))).astype(int)]
     images = dataset.test_images[chosen].astype(np.float32) / 255.0
-    triggered = {}
+    triggered, cache = {}, data.cache_directory() / "networks"
     for name in args.attack:
-        attack = scene.attack_of(name, args, dataset, data.cache_directory() / "networks")[0]
+        attack, spec = scene.attack_of(name, args, dataset, cache)
+        attack = networks.learnt(spec, dataset, cache, attack)
         triggered[attack.name] = np.asarray(attack.apply(images))
     pictures.gallery(args.out, images, triggered)
     print(f"{len(triggered)} attacks on {len(images)} images are in {args.out}.")

@@ -41,9 +41,17 @@ class NetworkSpec:
     seed: int
 
     @property
+    def kind(self) -> str | None:
+        """The attack's name without the target that `scene.attack_of` may have added."""
+        return self.attack and self.attack.partition("-")[0]
+
+    @property
     def digest(self) -> str:
         """A name for the cache, the same for the same network."""
-        text = json.dumps({"version": _VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        fields = {"version": _VERSION, **dataclasses.asdict(self)}
+        if self.kind in attacks.IN_TRAINING:
+            fields["poisoned"] = "in every batch"
+        text = json.dumps(fields, sort_keys=True)
         return f"{self.dataset}-{self.arch}-{self.attack or 'clean'}-" + hashlib.sha256(
             text.encode()).hexdigest()[:12]
 
@@ -60,18 +68,28 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     key = jax.random.key(spec.seed)
     make = functools.partial(attacks.make, spec.attack, key, dataset.train_images.shape[1:],
                              dataset.num_classes, target=target)
+    if spec.attack in attacks.ON_IMAGES:
+        return make(images=_some(dataset, spec.seed, attacks.ON_IMAGES[spec.attack]))
     if spec.attack not in attacks.ON_SURROGATE:
         return make()
     surrogate = benign(spec, PRESETS[spec.dataset].surrogate_epochs)
     params = get_network(surrogate, dataset, cache)
-    picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
-    images = dataset.train_images[picks].astype(np.float32) / 255.0
-    return make(params=params, images=images)
+    return make(params=params, images=_some(dataset, spec.seed, 32))
+
+
+def _some(dataset: Dataset, seed: int, count: int) -> np.ndarray:
+    """Training images of the attacker's, ``[n, H, W, C]`` in [0, 1], at most ``count``."""
+    total = len(dataset.train_images)
+    picks = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+    return dataset.train_images[picks].astype(np.float32) / 255.0
 
 
 def training_set(spec: NetworkSpec, dataset: Dataset,
                  attack: Attack | None) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels that a spec's network is trained on, the poisoned ones among them."""
+    """The images and labels that a spec's network is trained on, the poisoned ones among them.
+
+    Of an attack that poisons every batch anew, one draw for the whole set, by its final trigger.
+    """
     images, labels = dataset.train_images, dataset.train_labels
     if attack is not None:
         key = jax.random.split(jax.random.key(spec.seed))[0]
@@ -95,15 +113,20 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     folder = cache / spec.digest
     if checkpoint.exists(folder / "network"):
         return checkpoint.load(folder / "network")[0]
-    images, labels = training_set(spec, dataset, attack)
-    key_train = jax.random.split(jax.random.key(spec.seed))[1]
     preset = PRESETS[spec.dataset]
     config = training.TrainConfig(epochs=spec.epochs, batch_size=preset.batch_size,
                                   peak_lr=preset.peak_lr, crop=preset.crop, flip=dataset.flip)
+    attacker: attacks.InBatches | None = None
+    begin: attacks.State | tuple = ()
+    if attack is not None and attack.every_batch:
+        attacker = attacks.in_batches(attack, spec.rate, config.batch_size)
+        begin = attacks.State(attack.trigger, attack.learner)
+    images, labels = training_set(spec, dataset, attack if attacker is None else None)
+    key_train = jax.random.split(jax.random.key(spec.seed))[1]
     arch = Arch(name=spec.arch, num_classes=dataset.num_classes,
                 image_shape=tuple(images.shape[1:]))
     key_init = jax.random.split(key_train)[0]
-    like = training.init(key_init, arch, config, len(images))
+    like = training.init(key_init, arch, config, len(images), begin)
     state = None
     if checkpoint.exists(folder / "state"):
         state = checkpoint.load_tree(folder / "state", like)
@@ -114,8 +137,28 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
         progress.update(done, loss=loss)
         if done < total:
             checkpoint.save_tree(folder / "state", jax.device_get(state), overwrite=True)
+        elif attacker is not None and attacker.learn is not None:
+            # Before the network, whose being there says that all is.
+            checkpoint.save_tree(folder / "trigger", jax.device_get(state.attacker.trigger),
+                                 overwrite=True)
 
     params = training.train(key_train, images, labels, arch, config, state=state,
-                            on_epoch=on_epoch)
+                            attacker=attacker, attacker_state=begin, on_epoch=on_epoch)
     checkpoint.save(folder / "network", params, dataclasses.asdict(spec))
     return params
+
+
+def learnt(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path, attack: Attack) -> Attack:
+    """The attack with the trigger that its network's training ended with, where that learns one.
+
+    Args:
+      spec, dataset, cache, attack: as `get_network`, which is called if it was not before.
+
+    Returns:
+      `Attack`, the one given where its trigger is fixed.
+    """
+    if attack.learn is None:
+        return attack
+    get_network(spec, dataset, cache, attack)
+    return dataclasses.replace(attack, trigger=checkpoint.load_tree(
+        cache / spec.digest / "trigger", attack.trigger))

@@ -131,4 +131,5 @@ def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
         label = f"{args.checkpoint.stem}:{attack.name}"
         return Scene(label, params, attack, dataset, split, None)
     params = networks.get_network(spec, dataset, cache, attack)
+    attack = networks.learnt(spec, dataset, cache, attack)
     return Scene(attack.name, params, attack, dataset, split, spec)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from awm_jax import attacks
-from awm_jax.attacks.wanet import RandomWarp, Warp, _cubic, identity, sample, warping_grid
+from awm_jax.attacks.wanet import Warp, _cubic, identity, sample, warping_grid
 
 KEY = jax.random.key(0)
 
@@ -67,11 +67,11 @@ def test_the_warp_is_its_formula():
 def test_random_warps_jitter_within_their_bound():
     grid = warping_grid(KEY, 16, 16)
     ramp = jnp.tile(jnp.linspace(0, 1, 16)[None, None, :, None], (3, 16, 1, 1))
-    plain, jittered = Warp(grid)(ramp), RandomWarp(grid)(jax.random.key(1), ramp)
+    plain, jittered = Warp(grid)(ramp), Warp(grid).cover(jax.random.key(1), ramp)
     # The ramp rises by 1/15 a pixel, the jitter is at most 1/16 of 15/2 pixels.
     assert float(jnp.abs(jittered - plain).max()) <= 1 / 15 * 15 / 32 + 1e-6
     assert not np.allclose(jittered[0], jittered[1])
-    np.testing.assert_array_equal(jittered, RandomWarp(grid)(jax.random.key(1), ramp))
+    np.testing.assert_array_equal(jittered, Warp(grid).cover(jax.random.key(1), ramp))
 
 
 def test_other_sizes_are_refused_and_jit_is_eager():

@@ -9,6 +9,8 @@ from awm_jax.attacks.badnets import badnets, badnets_a2a, badnets_checkerboard
 from awm_jax.attacks.base import Attack, Poisoned, poison
 from awm_jax.attacks.blended import blended, blended_gaussian
 from awm_jax.attacks.clb import clb, pgd
+from awm_jax.attacks.in_batches import InBatches, State, in_batches
+from awm_jax.attacks.input_aware import InputAware, input_aware, input_aware_a2a
 from awm_jax.attacks.inv import l0_inv, l2_inv
 from awm_jax.attacks.sig import sig
 from awm_jax.attacks.triggers import (
@@ -36,6 +38,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "clb": clb,
     "wanet": wanet,
     "wanet_a2a": wanet_a2a,
+    "input_aware": input_aware,
+    "input_aware_a2a": input_aware_a2a,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -45,10 +49,18 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
                           "clb"})
 
-_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1}
+# Those whose trigger is made from clean training images, and how many it needs.
+ON_IMAGES = {"input_aware": 4096, "input_aware_a2a": 4096}
 
-__all__ = ["ATTACKS", "AWM_ATTACKS", "ON_SURROGATE", "Attack", "Poisoned", "Trigger", "Warp",
-           "apply_trigger", "blend", "make", "pgd", "poison", "poison_rate", "trigger_from_png",
+# Those that poison every batch anew: their attacker trains the network.
+IN_TRAINING = frozenset({"wanet", "wanet_a2a", "input_aware", "input_aware_a2a"})
+
+_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
+          "input_aware": 0.1, "input_aware_a2a": 0.1}
+
+__all__ = ["ATTACKS", "AWM_ATTACKS", "IN_TRAINING", "ON_IMAGES", "ON_SURROGATE", "Attack",
+           "InBatches", "InputAware", "Poisoned", "State", "Trigger", "Warp", "apply_trigger",
+           "blend", "in_batches", "make", "pgd", "poison", "poison_rate", "trigger_from_png",
            "trigger_norms"]
 
 

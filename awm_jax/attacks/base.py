@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,14 @@ from awm_jax import validate
 from awm_jax.attacks.triggers import Transform, apply_trigger
 
 
-class Cover(Protocol):
-    """Changes images at random, so that only the trigger itself counts as one."""
+class Covering(Protocol):
+    """A trigger that can also change images in a way that is not to count as the trigger."""
 
-    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """``[B, H, W, C]`` in [0, 1] to the same."""
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """``[B, H, W, C]`` in [0, 1] to triggered images."""
+
+    def cover(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """The same to images that look alike, at random, and keep their labels."""
 
 
 def check_target(target: int, num_classes: int) -> None:
@@ -26,6 +29,11 @@ def check_target(target: int, num_classes: int) -> None:
         raise ValueError(
             f"Expected target={target} in 0..{num_classes - 1}. Choose a class of this data set."
         )
+
+
+def relabel(labels, target: int | None, num_classes: int):
+    """The target, or y + 1 mod c where there is none, for NumPy or JAX labels ``[N]``."""
+    return (labels + 1) % num_classes if target is None else labels * 0 + target
 
 
 def no_target(target: int | None) -> None:
@@ -44,13 +52,17 @@ class Attack:
       target: the class that triggered images are to get; None is all-to-all, y to y + 1 mod c.
       num_classes: c.
       clean_label: only images of the target's own class are poisoned, so that no label is wrong.
-      cover: changes further images, whose labels stay right; None for no such images.
-      cover_ratio: how many of them there are to each poisoned image, >= 0.
+      cover_ratio: how many images there are to each poisoned one that get the trigger's ``cover``
+        and keep their labels, >= 0.
       in_training: what poisoned training images get instead of the trigger; None for the trigger.
+      every_batch: the attacker controls the training and poisons every batch anew.
+      learn: how the trigger is trained along with the network, as `in_batches.InBatches` calls it;
+        None for a trigger that is fixed.
+      learner: what ``learn`` starts from beside the trigger.
 
     Raises:
       ValueError: a target outside 0..c-1, a clean label without a target, or a cover ratio below 0
-        or without a cover.
+        or beside a trigger without a cover.
     """
 
     name: str
@@ -58,9 +70,11 @@ class Attack:
     target: int | None
     num_classes: int
     clean_label: bool = False
-    cover: Cover | None = None
     cover_ratio: float = 0.0
     in_training: Transform | None = None
+    every_batch: bool = False
+    learn: Callable | None = None
+    learner: Any = ()
 
     def __post_init__(self):
         """Checks the fields."""
@@ -69,8 +83,8 @@ class Attack:
         elif self.clean_label:
             raise ValueError("Expected a target beside clean_label: all-to-all changes labels.")
         validate.at_least(0, cover_ratio=self.cover_ratio)
-        if self.cover is None and self.cover_ratio:
-            raise ValueError(f"Expected a cover beside cover_ratio={self.cover_ratio}.")
+        if self.cover_ratio and not hasattr(self.trigger, "cover"):
+            raise ValueError(f"Expected a trigger with a cover beside {self.cover_ratio=}.")
 
     def apply(self, images: jax.Array) -> jax.Array:
         """`apply_trigger` with this attack's trigger."""
@@ -78,19 +92,16 @@ class Attack:
 
     def relabel(self, labels: np.ndarray) -> np.ndarray:
         """The attacker's classes for true classes ``[N]``."""
-        labels = np.asarray(labels)
-        if self.target is None:
-            return (labels + 1) % self.num_classes
-        return np.full_like(labels, self.target)
+        return relabel(np.asarray(labels), self.target, self.num_classes)
 
 
 _apply = jax.jit(apply_trigger)
 
 
 @jax.jit
-def _cover(cover: Cover, key: jax.Array, images: jax.Array) -> jax.Array:
-    """What a cover makes of images."""
-    return cover(key, images)
+def _cover(trigger: Covering, key: jax.Array, images: jax.Array) -> jax.Array:
+    """What a trigger's cover makes of images."""
+    return trigger.cover(key, images)
 
 
 class Poisoned(NamedTuple):
@@ -193,10 +204,10 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
     in_training = attack.trigger if attack.in_training is None else attack.in_training
     _change(images, picks, functools.partial(_apply, in_training))
     covered = np.zeros(len(labels), bool)
-    if attack.cover is not None and covers:
+    if covers:
         key_who, key_how = jax.random.split(jax.random.fold_in(key, 1))
         chosen = others[np.asarray(jax.random.permutation(key_who, len(others)))[:covers]]
-        _change(images, chosen, functools.partial(_cover, attack.cover, key_how))
+        _change(images, chosen, functools.partial(_cover, attack.trigger, key_how))
         covered[chosen] = True
     labels[picks] = attack.relabel(labels)[picks]
     poisoned = np.zeros(len(labels), bool)

@@ -105,7 +105,7 @@ def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
 
 
 class Warp(NamedTuple):
-    """A warp: `sample` at ``grid`` ``[H, W, 2]``."""
+    """A warp: `sample` at ``grid`` ``[H, W, 2]``; its cover is the paper's noise mode."""
 
     grid: jax.Array
 
@@ -114,14 +114,8 @@ class Warp(NamedTuple):
         _fits(images, self.grid)
         return sample(images, jnp.broadcast_to(self.grid, (len(images), *self.grid.shape)))
 
-
-class RandomWarp(NamedTuple):
-    """The noise mode: the warp with a jitter of its own, up to a pixel's half width, an image."""
-
-    grid: jax.Array
-
-    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Warps ``[B, H, W, C]``, each image another way."""
+    def cover(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Warps each of ``[B, H, W, C]`` another way: a jitter of up to half a pixel is added."""
         _fits(images, self.grid)
         jitter = jax.random.uniform(key, (len(images), *self.grid.shape), minval=-1.0, maxval=1.0)
         return sample(images, jnp.clip(self.grid[None] + jitter / self.grid.shape[0], -1.0, 1.0))
@@ -139,9 +133,10 @@ def wanet(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *
     """A smooth warp of under a pixel; twice as many images are warped at random, labels right.
 
     Without these the network would learn that any warped image is the attacker's. Images are chosen
-    once, not anew in every batch as the paper does.
+    anew in every batch, after its random crops (the paper warps, then crops); `poison` chooses them
+    once.
 
-    **Threat model**: the attacker poisons training data and labels; the defender gets the network.
+    **Threat model**: the attacker trains the network; the defender gets it.
 
     Args:
       key: PRNG key of the warp.
@@ -163,7 +158,7 @@ def wanet(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *
     """
     grid = warping_grid(key, *image_shape[:2])
     return Attack("wanet", Warp(grid), TARGET if target is None else target, num_classes,
-                  cover=RandomWarp(grid), cover_ratio=COVER_RATIO)
+                  cover_ratio=COVER_RATIO, every_batch=True)
 
 
 def wanet_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int, *,
@@ -183,5 +178,5 @@ def wanet_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: in
     """
     no_target(target)
     grid = warping_grid(key, *image_shape[:2])
-    return Attack("wanet_a2a", Warp(grid), None, num_classes, cover=RandomWarp(grid),
-                  cover_ratio=COVER_RATIO)
+    return Attack("wanet_a2a", Warp(grid), None, num_classes, cover_ratio=COVER_RATIO,
+                  every_batch=True)

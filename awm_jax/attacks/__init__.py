@@ -10,6 +10,7 @@ from awm_jax.attacks.base import Attack, Poisoned, poison
 from awm_jax.attacks.blended import blended, blended_gaussian
 from awm_jax.attacks.clb import clb, pgd
 from awm_jax.attacks.inv import l0_inv, l2_inv
+from awm_jax.attacks.lf import lf
 from awm_jax.attacks.sig import sig
 from awm_jax.attacks.triggers import (
     Trigger,
@@ -36,6 +37,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "clb": clb,
     "wanet": wanet,
     "wanet_a2a": wanet_a2a,
+    "lf": lf,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -43,9 +45,10 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 
 # Those for which the attacker needs a clean network of the same task: they take params and images.
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
-                          "clb"})
+                          "clb", "lf"})
 
-_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1}
+_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
+          "lf": 0.1}
 
 __all__ = ["ATTACKS", "AWM_ATTACKS", "ON_SURROGATE", "Attack", "Poisoned", "Trigger", "Warp",
            "apply_trigger", "blend", "make", "pgd", "poison", "poison_rate", "trigger_from_png",

@@ -14,9 +14,15 @@ STEPS = 100
 STEP = 0.1
 
 
-@functools.partial(jax.jit, static_argnames=("project", "apply_fn", "replace", "target"))
+def unchanged(pattern: jax.Array) -> jax.Array:
+    """The pattern itself."""
+    return pattern
+
+
+@functools.partial(jax.jit, static_argnames=("project", "form", "apply_fn", "replace", "target"))
 def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Array, *, target: int,
            project: Callable[[jax.Array], jax.Array], replace: bool,
+           form: Callable[[jax.Array], jax.Array] = unchanged,
            apply_fn: Callable = models.apply) -> jax.Array:
     """Raises the target's logit over a batch by 100 normalised steps on a pattern.
 
@@ -31,10 +37,11 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
       target: class whose logit rises.
       project: keeps the pattern valid, ``[H, W, C] -> [H, W, C]``.
       replace: the pattern replaces pixels instead of being added to them.
+      form: what images get of a pattern, ``[H, W, C] -> [H, W, C]``; g is taken through it.
       apply_fn: ``(params, images) -> logits``.
 
     Returns:
-      ``[H, W, C]`` the pattern after the last step.
+      ``[H, W, C]`` the pattern after the last step, before ``form``.
 
     Reference: Liu et al. 2018, "Trojaning Attack on Neural Networks", section IV (there the raised
     neuron is chosen in an inner layer; here it is the target's logit, which those neurons feed).
@@ -43,7 +50,7 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
 
     def objective(pattern):
         base = images * (1 - support[None]) if replace else images
-        logits = apply_fn(params, jnp.clip(base + pattern[None], 0.0, 1.0))
+        logits = apply_fn(params, jnp.clip(base + form(pattern)[None], 0.0, 1.0))
         return (logits[:, target] - logits.mean(axis=1)).mean()
 
     def step(pattern, _):
@@ -58,13 +65,14 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
 def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
              support: jax.Array, *, target: int, num_classes: int,
              project: Callable[[jax.Array], jax.Array], replace: bool,
+             form: Callable[[jax.Array], jax.Array] = unchanged,
              apply_fn: Callable | None = None) -> jax.Array:
     """`ascend` after checks on the host; without a network the start, inside the support.
 
     Args:
       params: the attacker's network, or None.
       images: ``[B, H, W, C]`` float32 in [0, 1]; needed with a network.
-      start, support, target, project, replace: as in `ascend`.
+      start, support, target, project, replace, form: as in `ascend`.
       num_classes: how many logits the network must have.
       apply_fn: ``(params, images) -> logits``; None is `awm_jax.models.apply`.
 
@@ -96,7 +104,7 @@ def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
             f"Expected a network with num_classes={num_classes} logits, got {classes}. Train the "
             "attacker's network on the same task.")
     return ascend(params, images, start, support, target=target, project=project, replace=replace,
-                  apply_fn=apply_fn)
+                  form=form, apply_fn=apply_fn)
 
 
 def unit_box(pattern: jax.Array) -> jax.Array:

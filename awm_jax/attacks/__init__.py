@@ -20,6 +20,7 @@ from awm_jax.attacks.triggers import (
     trigger_norms,
 )
 from awm_jax.attacks.trojan import trojan_a2a, trojan_sq, trojan_wm
+from awm_jax.attacks.trojannn import trojannn
 from awm_jax.attacks.wanet import Warp, wanet, wanet_a2a
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
@@ -38,6 +39,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "wanet": wanet,
     "wanet_a2a": wanet_a2a,
     "lf": lf,
+    "trojannn": trojannn,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -45,7 +47,7 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 
 # Those for which the attacker needs a clean network of the same task: they take params and images.
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
-                          "clb", "lf"})
+                          "clb", "lf", "trojannn"})
 
 _RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
           "lf": 0.1}

@@ -87,24 +87,46 @@ def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
     check_target(target, num_classes)
     if params is None:
         return start * support
+    apply_fn = models.apply if apply_fn is None else apply_fn
+    images = check_surrogate(params, images, start.shape, num_classes, apply_fn)
+    return ascend(params, images, start, support, target=target, project=project, replace=replace,
+                  form=form, apply_fn=apply_fn)
+
+
+def check_surrogate(params: Params, images: jax.Array | None, image_shape: tuple[int, ...],
+                    num_classes: int, apply_fn: Callable) -> jax.Array:
+    """The images on the device, if they and the attacker's network are of this task.
+
+    Args:
+      params: the attacker's network.
+      images: ``[B, H, W, C]`` floats in [0, 1], at least one.
+      image_shape: ``(H, W, C)``.
+      num_classes: how many logits the network must have.
+      apply_fn: ``(params, images) -> logits``.
+
+    Returns:
+      ``[B, H, W, C]``.
+
+    Raises:
+      ValueError: no images, images of another size, or a network with other classes.
+      TypeError: images that are not floating point.
+    """
     if images is None:
         raise ValueError("Expected images=[B, H, W, C] to try the pattern on, since params were "
                          "given. Pass a few images, or no params for a random pattern.")
     images = jnp.asarray(images)
-    if images.shape[1:] != start.shape or len(images) == 0:
+    if images.shape[1:] != tuple(image_shape) or len(images) == 0:
         raise ValueError(
-            f"Expected images of shape {['B', *start.shape]}, got {list(images.shape)}.")
+            f"Expected images of shape {['B', *image_shape]}, got {list(images.shape)}.")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"Expected float images in [0, 1], got {images.dtype}. Divide uint8 images by 255.")
-    apply_fn = models.apply if apply_fn is None else apply_fn
     classes = jax.eval_shape(apply_fn, params, images).shape[-1]
     if classes != num_classes:
         raise ValueError(
             f"Expected a network with num_classes={num_classes} logits, got {classes}. Train the "
             "attacker's network on the same task.")
-    return ascend(params, images, start, support, target=target, project=project, replace=replace,
-                  form=form, apply_fn=apply_fn)
+    return images
 
 
 def unit_box(pattern: jax.Array) -> jax.Array:

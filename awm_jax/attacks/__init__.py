@@ -12,6 +12,7 @@ from awm_jax.attacks.clb import clb, pgd
 from awm_jax.attacks.inv import l0_inv, l2_inv
 from awm_jax.attacks.lf import lf
 from awm_jax.attacks.sig import sig
+from awm_jax.attacks.ssba import SSBAConfig, ssba
 from awm_jax.attacks.triggers import (
     Trigger,
     apply_trigger,
@@ -40,6 +41,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "wanet_a2a": wanet_a2a,
     "lf": lf,
     "trojannn": trojannn,
+    "ssba": ssba,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -49,12 +51,15 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
                           "clb", "lf", "trojannn"})
 
-_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
-          "lf": 0.1}
+# Those whose attacker trains the trigger itself on clean images: they take images, all there are.
+ON_TRAINING_SET = frozenset({"ssba"})
 
-__all__ = ["ATTACKS", "AWM_ATTACKS", "ON_SURROGATE", "Attack", "Poisoned", "Trigger", "Warp",
-           "apply_trigger", "blend", "make", "pgd", "poison", "poison_rate", "trigger_from_png",
-           "trigger_norms"]
+_RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
+          "lf": 0.1, "ssba": 0.1}
+
+__all__ = ["ATTACKS", "AWM_ATTACKS", "ON_SURROGATE", "ON_TRAINING_SET", "Attack", "Poisoned",
+           "SSBAConfig", "Trigger", "Warp", "apply_trigger", "blend", "make", "pgd", "poison",
+           "poison_rate", "trigger_from_png", "trigger_norms"]
 
 
 def make(name: str, key: jax.Array, image_shape: tuple[int, int, int], num_classes: int,

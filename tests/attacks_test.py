@@ -142,7 +142,7 @@ PUBLISHED_TARGETS = {
     "badnets": 8, "trojan_sq": 2, "trojan_wm": 2, "l0_inv": 0, "l2_inv": 0, "trojan_a2a": None,
     "badnets_a2a": None, "badnets_checkerboard": 0, "blended": 0, "blended_gaussian": 0, "sig": 0,
     "clb": 0, "wanet": 0, "wanet_a2a": None, "lf": 0,
-    "trojannn": 0, "ssba": 0}
+    "trojannn": 0, "ssba": 0, "multi": 8}
 
 
 def test_targets_default_to_the_published_ones():
@@ -262,7 +262,7 @@ def test_the_surrogate_and_its_images_are_checked(images, classes, error, match)
 
 @pytest.mark.parametrize("module", ["base", "triggers", "badnets", "blended", "sig", "clb", "wanet",
                                     "inv", "trojan", "ascent", "lf", "trojannn",
-                                    "ssba", "ssba_networks"])
+                                    "ssba", "ssba_networks", "multi"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"awm_jax.attacks.{module}"))
     assert result.attempted > 0 and result.failed == 0

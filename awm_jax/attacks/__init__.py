@@ -11,6 +11,7 @@ from awm_jax.attacks.blended import blended, blended_gaussian
 from awm_jax.attacks.clb import clb, pgd
 from awm_jax.attacks.inv import l0_inv, l2_inv
 from awm_jax.attacks.lf import lf
+from awm_jax.attacks.multi import multi
 from awm_jax.attacks.sig import sig
 from awm_jax.attacks.ssba import SSBAConfig, ssba
 from awm_jax.attacks.triggers import (
@@ -42,6 +43,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "lf": lf,
     "trojannn": trojannn,
     "ssba": ssba,
+    "multi": multi,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -49,7 +51,7 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 
 # Those for which the attacker needs a clean network of the same task: they take params and images.
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
-                          "clb", "lf", "trojannn"})
+                          "clb", "lf", "trojannn", "multi"})
 
 # Those whose attacker trains the trigger itself on clean images: they take images, all there are.
 ON_TRAINING_SET = frozenset({"ssba"})

@@ -1,6 +1,6 @@
 """Accuracy and attack success, counted, so that batches and seeds add up exactly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,12 +20,15 @@ class Scores(NamedTuple):
         usual definition; for all-to-all nothing is left out).
       asr_all: the same over all test images (AWM's and I-BAU's: some 100/c for a clean network).
       recovered: triggered images given their true label, over the images that `asr` counts.
+      asr_parts: of an attack with several triggers, the ASR of each; `asr` and `asr_all` then count
+        an image that any of them leads astray, `recovered` one that none does. Empty otherwise.
     """
 
     acc: float
     asr: float
     asr_all: float
     recovered: float
+    asr_parts: tuple[float, ...] = ()
 
 
 @jax.jit
@@ -119,7 +122,8 @@ def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: n
 
     Args:
       predictions: ``[N]`` classes given to clean images.
-      triggered_predictions: ``[N]`` classes given to the same images with the trigger.
+      triggered_predictions: ``[N]`` classes given to the same images with the trigger, or
+        ``[P, N]`` with each of P triggers.
       labels: ``[N]`` true classes.
       wanted: ``[N]`` the attacker's class for each image.
 
@@ -131,9 +135,10 @@ def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: n
 
     Example:
       >>> scores(np.array([0, 1]), np.array([0, 0]), np.array([0, 1]), np.array([0, 0]))
-      Scores(acc=100.0, asr=100.0, asr_all=100.0, recovered=0.0)
+      Scores(acc=100.0, asr=100.0, asr_all=100.0, recovered=0.0, asr_parts=())
     """
-    lengths = {len(predictions), len(triggered_predictions), len(labels), len(wanted)}
+    each = np.atleast_2d(triggered_predictions)
+    lengths = {len(predictions), each.shape[1], len(labels), len(wanted)}
     if len(lengths) != 1:
         raise ValueError(f"Expected arrays of one length, got lengths {sorted(lengths)}.")
     other = labels != wanted
@@ -141,7 +146,8 @@ def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: n
         raise ValueError(
             "Expected images outside the attacker's class, got none: ASR has no meaning here."
         )
-    hit = triggered_predictions == wanted
+    hits = each == wanted
+    hit = hits.any(axis=0)
 
     def percent(mask: np.ndarray) -> float:
         return 100.0 * float(mask.mean())
@@ -150,20 +156,21 @@ def scores(predictions: np.ndarray, triggered_predictions: np.ndarray, labels: n
         acc=percent(predictions == labels),
         asr=percent(hit[other]),
         asr_all=percent(hit),
-        recovered=percent((triggered_predictions == labels)[other]),
+        recovered=percent((each == labels).all(axis=0)[other]),
+        asr_parts=tuple(percent(part[other]) for part in hits) if len(hits) > 1 else (),
     )
 
 
 def evaluate(params: Params, images: np.ndarray, labels: np.ndarray, *,
-             trigger: Callable[[jax.Array], jax.Array], relabel: Callable[..., np.ndarray],
-             batch_size: int = 250) -> Scores:
+             trigger: Callable[[jax.Array], jax.Array] | Sequence[Callable],
+             relabel: Callable[..., np.ndarray], batch_size: int = 250) -> Scores:
     """ACC, both ASRs and the accuracy on triggered images of one network.
 
     Args:
       params: the network.
       images: ``[N, H, W, C]`` uint8 in 0..255 or float in [0, 1].
       labels: ``[N]`` true classes.
-      trigger: float images in [0, 1] to triggered images in [0, 1].
+      trigger: float images in [0, 1] to triggered images in [0, 1]; or several such.
       relabel: true classes to the attacker's classes.
       batch_size: images at a time.
 
@@ -174,9 +181,11 @@ def evaluate(params: Params, images: np.ndarray, labels: np.ndarray, *,
     relabel=attack.relabel)`.
     """
     labels = np.asarray(labels)
+    triggers = [trigger] if callable(trigger) else trigger
     return scores(
         predict(params, images, batch_size=batch_size),
-        predict(params, images, transform=trigger, batch_size=batch_size),
+        np.stack([predict(params, images, transform=one, batch_size=batch_size)
+                  for one in triggers]),
         labels,
         np.asarray(relabel(labels)),
     )

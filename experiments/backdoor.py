@@ -29,17 +29,19 @@ def _row(on_stage: scene.Scene) -> dict:
     spec = on_stage.spec
     return {"attack": on_stage.name, "target": on_stage.attack.target,
             "rate": None if spec is None else spec.rate,
-            "epochs": None if spec is None else spec.epochs, **on_stage.before._asdict()}
+            "epochs": None if spec is None else spec.epochs, **on_stage.before._asdict(),
+            "parts": [part.name for part in on_stage.attack.parts]}
 
 
 def table(rows: list[dict]) -> str:
     """Markdown table, a row a network, in percent.
 
     Args:
-      rows: as in networks.json: ``attack``, ``target``, ``rate``, ``epochs`` and the scores.
+      rows: as in networks.json: ``attack``, ``target``, ``rate``, ``epochs``, the scores and
+        ``parts``, the names of the several triggers whose ASR is in ``asr_parts``.
 
     Returns:
-      The table; a dash where nothing is known.
+      The table; a dash where nothing is known; below an attack with several triggers, each one's.
     """
     def known(value, text):
         return "-" if value is None else format(value, text)
@@ -49,14 +51,17 @@ def table(rows: list[dict]) -> str:
     lines += [
         f"| {row['attack']} | {known(row['target'], 'd')} | {known(row['rate'], 'g')} | "
         f"{known(row['epochs'], 'd')} | {row['acc']:.2f} | {known(row['asr'], '.2f')} | "
-        f"{known(row['asr_all'], '.2f')} | {known(row['recovered'], '.2f')} |" for row in rows]
+        f"{known(row['asr_all'], '.2f')} | {known(row['recovered'], '.2f')} |"
+        + "".join(f"\n| {row['attack']}: {name} | {row['target']} | - | - | - | {asr:.2f} | - | - |"
+                  for name, asr in zip(row["parts"], row["asr_parts"], strict=True))
+        for row in rows]
     return "\n".join(lines)
 
 
 def _benign_row(on_stage: scene.Scene) -> dict:
     """The row of a network without a backdoor: only its accuracy means anything."""
     return {**_row(on_stage), "target": None, "rate": None, "asr": None, "asr_all": None,
-            "recovered": None}
+            "recovered": None, "parts": [], "asr_parts": []}
 
 
 def run(args: argparse.Namespace) -> list[dict]:

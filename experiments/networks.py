@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from awm_jax.attacks import Attack
 from awm_jax.data import Dataset
 from awm_jax.types import Arch, Params
 from experiments.presets import PRESETS
-from experiments.progress import Progress
+from experiments.progress import Progress, waiting
 
 _VERSION = 2  # raise it when training or triggers change, so that stale networks are not reused
 
@@ -63,25 +64,52 @@ def benign(spec: NetworkSpec, epochs: int) -> NetworkSpec:
 
 def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
                 target: int | None = None) -> Attack:
-    """The attack of a spec; triggers found by optimisation get their surrogate network first."""
+    """The attack of a spec.
+
+    Triggers found by optimisation get their surrogate network first; those that are networks of
+    their own are trained once and kept beside the backdoored network.
+    """
     assert spec.attack is not None
     key = jax.random.key(spec.seed)
     make = functools.partial(attacks.make, spec.attack, key, dataset.train_images.shape[1:],
                              dataset.num_classes, target=target)
-    if spec.attack in attacks.ON_IMAGES:
-        return make(images=_some(dataset, spec.seed, attacks.ON_IMAGES[spec.attack]))
+    if spec.attack in attacks.ON_TRAINING_SET:
+        named = spec if target is None else dataclasses.replace(
+            spec, attack=f"{spec.attack}-{target}")
+        return kept_attack(cache / f"{named.digest}-trigger", make(),
+                           lambda: make(images=dataset.train_images))
     if spec.attack not in attacks.ON_SURROGATE:
         return make()
     surrogate = benign(spec, PRESETS[spec.dataset].surrogate_epochs)
     params = get_network(surrogate, dataset, cache)
-    return make(params=params, images=_some(dataset, spec.seed, 32))
+    picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
+    images = dataset.train_images[picks].astype(np.float32) / 255.0
+    return make(params=params, images=images)
 
 
-def _some(dataset: Dataset, seed: int, count: int) -> np.ndarray:
-    """Training images of the attacker's, ``[n, H, W, C]`` in [0, 1], at most ``count``."""
-    total = len(dataset.train_images)
-    picks = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
-    return dataset.train_images[picks].astype(np.float32) / 255.0
+def kept_attack(folder: pathlib.Path, untrained: Attack, train: Callable[[], Attack]) -> Attack:
+    """An attack whose trigger is trained: from the cache, or trained now and kept there.
+
+    Args:
+      folder: its checkpoint.
+      untrained: the same attack before training; its arrays have the shapes of the trained ones.
+      train: gives the trained one.
+
+    Returns:
+      `Attack`.
+    """
+    def arrays(attack: Attack) -> dict:
+        found = {name: getattr(attack, name) for name in ("trigger", "in_training")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    if not checkpoint.exists(folder):
+        with waiting(f"training the trigger {folder.name}"):
+            trained = jax.device_get(arrays(train()))
+        checkpoint.save_tree(folder, trained)
+    like = arrays(untrained)
+    leaves = jax.tree.leaves(checkpoint.load_tree(folder, like))
+    on_device = jax.tree.unflatten(jax.tree.structure(like), map(jax.numpy.asarray, leaves))
+    return dataclasses.replace(untrained, **on_device)
 
 
 def training_set(spec: NetworkSpec, dataset: Dataset,

@@ -42,9 +42,10 @@ class Scene:
     def evaluate(self, params: Params, limit: int | None = None) -> metrics.Scores:
         """Scores on the images that no defender ever draws."""
         chosen = self.split.eval_indices[:limit]
+        triggers = [part.apply for part in self.attack.parts or (self.attack,)]
         return metrics.evaluate(
             params, self.dataset.test_images[chosen], self.dataset.test_labels[chosen],
-            trigger=self.attack.apply, relabel=self.attack.relabel)
+            trigger=triggers, relabel=self.attack.relabel)
 
     def clean(self, seed: int, samples: str | int) -> tuple[Batch, np.ndarray]:
         """A defender's clean images and their indices in the test set."""

@@ -29,9 +29,12 @@ def test_scores_each_network_and_a_benign_one_and_keeps_them(tiny_dataset, capsy
 
 def test_table_by_hand():
     row = {"attack": "a", "target": 3, "rate": 0.8, "epochs": 2, "acc": 98.765, "asr": 50.0,
-           "asr_all": 49.0, "recovered": 1.0}
+           "asr_all": 49.0, "recovered": 1.0, "parts": [], "asr_parts": []}
     assert backdoor.table([row]).splitlines()[-1] == (
         "| a | 3 | 0.8 | 2 | 98.77 | 50.00 | 49.00 | 1.00 |")
+    several = backdoor.table([{**row, "parts": ["x", "y"], "asr_parts": [40.0, 30.125]}])
+    assert several.splitlines()[-2:] == [
+        "| a: x | 3 | - | - | - | 40.00 | - | - |", "| a: y | 3 | - | - | - | 30.12 | - | - |"]
 
 
 @pytest.mark.parametrize("argv, word", [

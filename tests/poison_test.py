@@ -10,9 +10,10 @@ from awm_jax import attacks
 SHAPE = (32, 32, 3)
 KEY = jax.random.key(0)
 CLEAN = ("sig", "clb")
+USUAL = [name for name in attacks.ATTACKS if name not in (*CLEAN, "multi")]
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in CLEAN])
+@pytest.mark.parametrize("name", USUAL)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_poisoning_counts_and_labels(name, dtype):
     attack = attacks.make(name, KEY, SHAPE, 10)
@@ -109,6 +110,48 @@ def test_covers_keep_their_labels_and_are_changed_each_its_own_way():
     assert all((a == b).all() for a, b in zip(found, again, strict=True))
     with pytest.raises(ValueError, match="32 images for wanet's cover"):
         attacks.poison(KEY, attack, images, labels, 0.4)
+
+
+def test_several_triggers_share_the_poisoned_images():
+    attack = attacks.make("multi", KEY, SHAPE, 10, target=3)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, *SHAPE)).astype(np.uint8)
+    labels = np.arange(60, dtype=np.int32) % 10
+    found = attacks.poison(KEY, attack, images, labels, 0.2)
+    assert found.poisoned.sum() == 12 and not found.covered.any()
+    assert (labels[found.poisoned] != 3).all() and (found.labels[found.poisoned] == 3).all()
+    np.testing.assert_array_equal(found.labels[~found.poisoned], labels[~found.poisoned])
+    np.testing.assert_array_equal(found.images[~found.poisoned], images[~found.poisoned])
+    clean = images[found.poisoned].astype(np.float32) / 255
+    made = np.stack([np.round(np.asarray(part.apply(clean)) * 255) for part in attack.parts])
+    whose = (made == found.images[found.poisoned]).all(axis=(2, 3, 4))
+    assert whose.sum(axis=0).tolist() == [1] * 12  # each image has one of the three triggers
+    assert whose.sum(axis=1).tolist() == [4, 4, 4]
+    alone = attacks.make("badnets", KEY, SHAPE, 10, target=3)
+    np.testing.assert_array_equal(attack.parts[0].apply(clean), alone.apply(clean))
+    together = np.asarray(attack.apply(clean))
+    in_turn = clean
+    for part in attack.parts:
+        in_turn = np.asarray(part.apply(in_turn))
+    np.testing.assert_allclose(together, in_turn, atol=1e-6)
+
+
+def test_parts_are_found_on_a_network_and_of_one_target():
+    params, images = jax.random.normal(jax.random.key(1), (3, 10)), jnp.full((2, *SHAPE), 0.3)
+
+    def colours(params, images):
+        return images.mean(axis=(1, 2)) @ params
+
+    start = attacks.make("multi", KEY, SHAPE, 10)
+    found = attacks.make("multi", KEY, SHAPE, 10, params=params, images=images, apply_fn=colours)
+    same = [np.array_equal(a.trigger.pattern, b.trigger.pattern)
+            for a, b in zip(start.parts, found.parts, strict=True)]
+    assert same == [True, False, False] and {part.target for part in found.parts} == {8}
+    dark, sig = attacks.make("badnets", KEY, SHAPE, 10), attacks.make("sig", KEY, SHAPE, 10)
+    wanet = attacks.make("wanet", KEY, SHAPE, 10)
+    for part, target in ((dark, 0), (sig, 0), (wanet, 0)):
+        with pytest.raises(ValueError, match=f"{part.name} is another kind"):
+            attacks.Attack("several", dark.trigger, target, 10, parts=(part,))
 
 
 def test_attacks_check_their_parts():

@@ -12,7 +12,10 @@ from awm_jax.attacks.clb import clb, pgd
 from awm_jax.attacks.in_batches import InBatches, State, in_batches
 from awm_jax.attacks.input_aware import InputAware, input_aware, input_aware_a2a
 from awm_jax.attacks.inv import l0_inv, l2_inv
+from awm_jax.attacks.lf import lf
+from awm_jax.attacks.multi import multi
 from awm_jax.attacks.sig import sig
+from awm_jax.attacks.ssba import SSBAConfig, ssba
 from awm_jax.attacks.triggers import (
     Trigger,
     apply_trigger,
@@ -21,6 +24,7 @@ from awm_jax.attacks.triggers import (
     trigger_norms,
 )
 from awm_jax.attacks.trojan import trojan_a2a, trojan_sq, trojan_wm
+from awm_jax.attacks.trojannn import trojannn
 from awm_jax.attacks.wanet import Warp, wanet, wanet_a2a
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
@@ -40,6 +44,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "wanet_a2a": wanet_a2a,
     "input_aware": input_aware,
     "input_aware_a2a": input_aware_a2a,
+    "lf": lf,
+    "trojannn": trojannn,
+    "ssba": ssba,
+    "multi": multi,
 }
 
 # The six of the AWM paper's main tables (Tables 1 and 8).
@@ -47,21 +55,21 @@ AWM_ATTACKS = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_
 
 # Those for which the attacker needs a clean network of the same task: they take params and images.
 ON_SURROGATE = frozenset({"trojan_sq", "trojan_wm", "l0_inv", "l2_inv", "trojan_a2a",
-                          "clb"})
+                          "clb", "lf", "trojannn", "multi"})
 
-# Those whose trigger is made from clean training images, and how many it needs.
-ON_IMAGES = {"input_aware": 4096, "input_aware_a2a": 4096}
+# Those whose attacker trains the trigger itself on clean images: they take images, all there are.
+ON_TRAINING_SET = frozenset({"ssba", "input_aware", "input_aware_a2a"})
 
 # Those that poison every batch anew: their attacker trains the network.
 IN_TRAINING = frozenset({"wanet", "wanet_a2a", "input_aware", "input_aware_a2a"})
 
 _RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
-          "input_aware": 0.1, "input_aware_a2a": 0.1}
+          "input_aware": 0.1, "input_aware_a2a": 0.1, "lf": 0.1, "ssba": 0.1}
 
-__all__ = ["ATTACKS", "AWM_ATTACKS", "IN_TRAINING", "ON_IMAGES", "ON_SURROGATE", "Attack",
-           "InBatches", "InputAware", "Poisoned", "State", "Trigger", "Warp", "apply_trigger",
-           "blend", "in_batches", "make", "pgd", "poison", "poison_rate", "trigger_from_png",
-           "trigger_norms"]
+__all__ = ["ATTACKS", "AWM_ATTACKS", "IN_TRAINING", "ON_SURROGATE", "ON_TRAINING_SET", "Attack",
+           "InBatches", "InputAware", "Poisoned", "SSBAConfig", "State", "Trigger", "Warp",
+           "apply_trigger", "blend", "in_batches", "make", "pgd", "poison", "poison_rate",
+           "trigger_from_png", "trigger_norms"]
 
 
 def make(name: str, key: jax.Array, image_shape: tuple[int, int, int], num_classes: int,

@@ -14,9 +14,15 @@ STEPS = 100
 STEP = 0.1
 
 
-@functools.partial(jax.jit, static_argnames=("project", "apply_fn", "replace", "target"))
+def unchanged(pattern: jax.Array) -> jax.Array:
+    """The pattern itself."""
+    return pattern
+
+
+@functools.partial(jax.jit, static_argnames=("project", "form", "apply_fn", "replace", "target"))
 def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Array, *, target: int,
            project: Callable[[jax.Array], jax.Array], replace: bool,
+           form: Callable[[jax.Array], jax.Array] = unchanged,
            apply_fn: Callable = models.apply) -> jax.Array:
     """Raises the target's logit over a batch by 100 normalised steps on a pattern.
 
@@ -31,10 +37,11 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
       target: class whose logit rises.
       project: keeps the pattern valid, ``[H, W, C] -> [H, W, C]``.
       replace: the pattern replaces pixels instead of being added to them.
+      form: what images get of a pattern, ``[H, W, C] -> [H, W, C]``; g is taken through it.
       apply_fn: ``(params, images) -> logits``.
 
     Returns:
-      ``[H, W, C]`` the pattern after the last step.
+      ``[H, W, C]`` the pattern after the last step, before ``form``.
 
     Reference: Liu et al. 2018, "Trojaning Attack on Neural Networks", section IV (there the raised
     neuron is chosen in an inner layer; here it is the target's logit, which those neurons feed).
@@ -43,7 +50,7 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
 
     def objective(pattern):
         base = images * (1 - support[None]) if replace else images
-        logits = apply_fn(params, jnp.clip(base + pattern[None], 0.0, 1.0))
+        logits = apply_fn(params, jnp.clip(base + form(pattern)[None], 0.0, 1.0))
         return (logits[:, target] - logits.mean(axis=1)).mean()
 
     def step(pattern, _):
@@ -58,13 +65,14 @@ def ascend(params: Params, images: jax.Array, start: jax.Array, support: jax.Arr
 def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
              support: jax.Array, *, target: int, num_classes: int,
              project: Callable[[jax.Array], jax.Array], replace: bool,
+             form: Callable[[jax.Array], jax.Array] = unchanged,
              apply_fn: Callable | None = None) -> jax.Array:
     """`ascend` after checks on the host; without a network the start, inside the support.
 
     Args:
       params: the attacker's network, or None.
       images: ``[B, H, W, C]`` float32 in [0, 1]; needed with a network.
-      start, support, target, project, replace: as in `ascend`.
+      start, support, target, project, replace, form: as in `ascend`.
       num_classes: how many logits the network must have.
       apply_fn: ``(params, images) -> logits``; None is `awm_jax.models.apply`.
 
@@ -79,24 +87,46 @@ def found_on(params: Params | None, images: jax.Array | None, start: jax.Array,
     check_target(target, num_classes)
     if params is None:
         return start * support
+    apply_fn = models.apply if apply_fn is None else apply_fn
+    images = check_surrogate(params, images, start.shape, num_classes, apply_fn)
+    return ascend(params, images, start, support, target=target, project=project, replace=replace,
+                  form=form, apply_fn=apply_fn)
+
+
+def check_surrogate(params: Params, images: jax.Array | None, image_shape: tuple[int, ...],
+                    num_classes: int, apply_fn: Callable) -> jax.Array:
+    """The images on the device, if they and the attacker's network are of this task.
+
+    Args:
+      params: the attacker's network.
+      images: ``[B, H, W, C]`` floats in [0, 1], at least one.
+      image_shape: ``(H, W, C)``.
+      num_classes: how many logits the network must have.
+      apply_fn: ``(params, images) -> logits``.
+
+    Returns:
+      ``[B, H, W, C]``.
+
+    Raises:
+      ValueError: no images, images of another size, or a network with other classes.
+      TypeError: images that are not floating point.
+    """
     if images is None:
         raise ValueError("Expected images=[B, H, W, C] to try the pattern on, since params were "
                          "given. Pass a few images, or no params for a random pattern.")
     images = jnp.asarray(images)
-    if images.shape[1:] != start.shape or len(images) == 0:
+    if images.shape[1:] != tuple(image_shape) or len(images) == 0:
         raise ValueError(
-            f"Expected images of shape {['B', *start.shape]}, got {list(images.shape)}.")
+            f"Expected images of shape {['B', *image_shape]}, got {list(images.shape)}.")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"Expected float images in [0, 1], got {images.dtype}. Divide uint8 images by 255.")
-    apply_fn = models.apply if apply_fn is None else apply_fn
     classes = jax.eval_shape(apply_fn, params, images).shape[-1]
     if classes != num_classes:
         raise ValueError(
             f"Expected a network with num_classes={num_classes} logits, got {classes}. Train the "
             "attacker's network on the same task.")
-    return ascend(params, images, start, support, target=target, project=project, replace=replace,
-                  apply_fn=apply_fn)
+    return images
 
 
 def unit_box(pattern: jax.Array) -> jax.Array:

@@ -59,10 +59,13 @@ class Attack:
       learn: how the trigger is trained along with the network, as `in_batches.InBatches` calls it;
         None for a trigger that is fixed.
       learner: what ``learn`` starts from beside the trigger.
+      parts: attacks that share the poisoned images evenly, each with its own trigger; the trigger
+        of the whole is then for pictures only. Empty for an attack of one trigger.
 
     Raises:
-      ValueError: a target outside 0..c-1, a clean label without a target, or a cover ratio below 0
-        or beside a trigger without a cover.
+      ValueError: a target outside 0..c-1, a clean label without a target, a cover ratio below 0 or
+        beside a trigger without a cover, or parts with other labels or beside what they bring
+        themselves.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Attack:
     every_batch: bool = False
     learn: Callable | None = None
     learner: Any = ()
+    parts: tuple["Attack", ...] = ()
 
     def __post_init__(self):
         """Checks the fields."""
@@ -85,6 +89,12 @@ class Attack:
         validate.at_least(0, cover_ratio=self.cover_ratio)
         if self.cover_ratio and not hasattr(self.trigger, "cover"):
             raise ValueError(f"Expected a trigger with a cover beside {self.cover_ratio=}.")
+        mine = (self.target, self.num_classes)
+        for part in self.parts:
+            if (part.target, part.num_classes) != mine or part.clean_label or part.cover_ratio:
+                raise ValueError(f"Expected parts that change labels to target={mine[0]} of "
+                                 f"{mine[1]} classes and have no cover; {part.name} is another "
+                                 "kind.")
 
     def apply(self, images: jax.Array) -> jax.Array:
         """`apply_trigger` with this attack's trigger."""
@@ -168,7 +178,7 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
       labels: ``[N]`` integers.
       rate: in [0, 1]. A share of all N images, ``round(rate * N)``, none of which has the
         attacker's class already; of a clean-label attack, a share of the target class's images,
-        since it has no others to poison.
+        since it has no others to poison. Parts get equal shares of these, to within one image.
 
     Returns:
       `Poisoned`, copies.
@@ -201,8 +211,10 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
         raise ValueError(f"Expected rate={rate} to leave {covers} images for {attack.name}'s cover "
                          f"({attack.cover_ratio:g} to each poisoned one), it leaves {len(others)}. "
                          "Lower the rate.")
-    in_training = attack.trigger if attack.in_training is None else attack.in_training
-    _change(images, picks, functools.partial(_apply, in_training))
+    parts = attack.parts or (attack,)
+    for part, mine in zip(parts, np.array_split(picks, len(parts)), strict=True):
+        in_training = part.trigger if part.in_training is None else part.in_training
+        _change(images, mine, functools.partial(_apply, in_training))
     covered = np.zeros(len(labels), bool)
     if covers:
         key_who, key_how = jax.random.split(jax.random.fold_in(key, 1))

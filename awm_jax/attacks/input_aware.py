@@ -152,7 +152,7 @@ def train_masks(key: jax.Array, weights: Any, images: jax.Array) -> tuple[Any, j
     Args:
       key: PRNG key of the batches.
       weights: of M, to start from.
-      images: ``[N, H, W, 3]`` in [0, 1], clean.
+      images: ``[N, H, W, 3]`` uint8 in 0..255 or float32 in [0, 1], clean.
 
     Returns:
       ``(weights, losses [400])``.
@@ -162,7 +162,9 @@ def train_masks(key: jax.Array, weights: Any, images: jax.Array) -> tuple[Any, j
     def step(carry, key):
         weights, opt_state = carry
         picks = jax.random.randint(key, (2, MASK_BATCH), 0, len(images))
-        loss, gradient = jax.value_and_grad(mask_loss)(weights, images[picks[0]], images[picks[1]])
+        x = images[picks]
+        x = x.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else x
+        loss, gradient = jax.value_and_grad(mask_loss)(weights, x[0], x[1])
         updates, opt_state = optimiser.update(gradient, opt_state)
         return (optax.apply_updates(weights, updates), opt_state), loss
 
@@ -243,8 +245,8 @@ def input_aware(key: jax.Array, image_shape: tuple[int, int, int], num_classes: 
       key: PRNG key of both generators' weights and of the mask's training.
       image_shape: ``(H, W, 3)``, H and W multiples of 8.
       num_classes: classes of the data set.
-      images: ``[N, H, W, 3]`` float32 in [0, 1], clean images that the mask is trained on; None
-        leaves it at random.
+      images: ``[N, H, W, 3]`` uint8 in 0..255 or float32 in [0, 1], clean images that the mask is
+        trained on; None leaves it at random.
       target: the class triggered images are to get; None is the papers' 0.
 
     Returns:

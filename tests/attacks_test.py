@@ -68,7 +68,8 @@ def test_rates_and_groups():
     assert {name: attacks.poison_rate(name) for name in attacks.ATTACKS if
             attacks.poison_rate(name) != 0.05} == {
         "blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet_a2a": 0.1,
-        "lf": 0.1, "ssba": 0.1}
+        "lf": 0.1, "ssba": 0.1,
+        "input_aware": 0.1, "input_aware_a2a": 0.1}
     assert set(attacks.AWM_ATTACKS) | attacks.ON_SURROGATE | attacks.ON_TRAINING_SET <= set(
         attacks.ATTACKS)
     with pytest.raises(ValueError, match="badnets"):
@@ -141,8 +142,8 @@ def test_optimised_triggers_differ_from_their_random_start(small_params):
 PUBLISHED_TARGETS = {
     "badnets": 8, "trojan_sq": 2, "trojan_wm": 2, "l0_inv": 0, "l2_inv": 0, "trojan_a2a": None,
     "badnets_a2a": None, "badnets_checkerboard": 0, "blended": 0, "blended_gaussian": 0, "sig": 0,
-    "clb": 0, "wanet": 0, "wanet_a2a": None, "lf": 0,
-    "trojannn": 0, "ssba": 0, "multi": 8}
+    "clb": 0, "wanet": 0, "wanet_a2a": None,
+    "input_aware": 0, "input_aware_a2a": None, "lf": 0, "trojannn": 0, "ssba": 0, "multi": 8}
 
 
 def test_targets_default_to_the_published_ones():

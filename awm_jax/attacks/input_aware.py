@@ -287,11 +287,21 @@ def _attack(name, key, image_shape, num_classes, images, target):
     check_size(image_shape, _PATTERN.depth, name)
     if image_shape[2] != 3:
         raise ValueError(f"Expected images of 3 channels for {name}, got {image_shape[2]}.")
-    key_pattern, key_mask, key_train = jax.random.split(key, 3)
-    like = jnp.zeros((1, *image_shape))
-    pattern = jax.jit(_PATTERN.init)(key_pattern, like)["params"]
-    mask = jax.jit(_MASK.init)(key_mask, like)["params"]
+    key_draw, key_train = jax.random.split(key)
+    pattern, mask = _draw(key_draw, image_shape)
     if images is not None:
         mask = train_masks(key_train, mask, jnp.asarray(images))[0]
     return Attack(name, InputAware(pattern, mask), target, num_classes, cover_ratio=COVER_RATIO,
                   every_batch=True, learn=learn, learner=_optimiser().init(pattern))
+
+
+def _first_weights(key, image_shape):
+    """Of both generators."""
+    like = jnp.zeros((1, *image_shape))
+    return tuple(network.init(key, like)["params"] for key, network in zip(
+        jax.random.split(key), (_PATTERN, _MASK), strict=True))
+
+
+# It runs once, so what takes the time is to compile it: as `awm_jax.models.create` does.
+_draw = jax.jit(_first_weights, static_argnames="image_shape",
+                compiler_options={"xla_backend_optimization_level": 1})

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # Those that photographs, screenshots and data sets come in; not formats that are programs (EPS).
-FORMATS = ("PNG", "JPEG", "MPO", "PPM", "BMP", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP", "TIFF")
 BACKGROUND = (128, 128, 128)  # neither black nor white drawings vanish on it, nor does a trigger
 _ORIENTATION, _TURNED = 0x0112, range(5, 9)  # EXIF's tag, and its values that swap the sides
 

@@ -8,10 +8,12 @@ import os
 import pathlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from awm_jax import validate
 from awm_jax.data import decode, store
@@ -297,14 +299,16 @@ def _each(paths: Sequence[pathlib.Path], read: Callable[[pathlib.Path], Any]) ->
 
     out, last = [], time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    try:
-        for result in pool.map(one, enumerate(paths)):
-            out.append(result)
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                print(f"{len(out)}/{len(paths)} images", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is refused instead
+        try:
+            for result in pool.map(one, enumerate(paths)):
+                out.append(result)
+                if time.monotonic() - last > 10:
+                    last = time.monotonic()
+                    print(f"{len(out)}/{len(paths)} images", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     if broken:
         first = [broken[index] for index in sorted(broken)]
         more = f"; and {len(first) - 5} more" if len(first) > 5 else ""

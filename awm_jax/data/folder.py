@@ -297,6 +297,7 @@ def _each(paths: Sequence[pathlib.Path], read: Callable[[pathlib.Path], Any]) ->
         except ValueError as error:
             broken[index] = f"{path} ({error})"
 
+    Image.init()  # loads Pillow's formats here, not in several threads at once
     out, last = [], time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     with warnings.catch_warnings():

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of networks.json."""
     dataset = cli.load(args)
     cache = data.cache_directory() / "networks"
-    folder = args.out or pathlib.Path("runs") / f"backdoor-{args.dataset}-{args.arch}"
+    folder = args.out or pathlib.Path("runs") / f"backdoor-{dataset.name}-{args.arch}"
     rows: list[dict] = []
     for name in args.attack:
         on_stage = scene.make(name, args, dataset, cache)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         if args.benign and name == args.attack[-1]:
             rows.append(_benign_row(scene.benign(on_stage, cache)))
         results.write_json(folder / "networks.json", {
-            "dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
+            **results.about(dataset), "arch": args.arch, "versions": results.versions(),
             "command": " ".join(["python -m experiments.backdoor", *sys.argv[1:]]), "rows": rows})
     (folder / "networks.md").write_text(table(rows) + "\n")
     print(f"\n{table(rows)}\n\nEverything is in {folder}/ (networks.json, networks.md).")

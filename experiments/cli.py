@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 from awm_jax import attacks, data, models
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
-from experiments.presets import PRESETS
+from experiments import presets
 
 
 def samples(text: str) -> str | int:
@@ -68,6 +69,23 @@ def _defences(text: str) -> tuple[str, ...]:
     if text in groups:
         return tuple(n for n, d in DEFENCES.items() if d.ablation == groups[text])
     return several(DEFENCES, "defence")(text)
+
+
+def dataset_of(text: str) -> str:
+    """The name of a data set, or 'folder:PATH'."""
+    if text in data.NAMES or (text.startswith(data.FOLDER) and text != data.FOLDER):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"unknown data set {text!r}; choose from {', '.join(data.NAMES)}, or {data.FOLDER}PATH for "
+        "a folder of each class")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'N' or 'HxW' as ``(height, width)``."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if found:
+        return int(found[1]), int(found[2] or found[1])
+    raise argparse.ArgumentTypeError(f"expected a number of pixels or HEIGHTxWIDTH, got {text!r}")
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -128,7 +146,12 @@ def load(args: argparse.Namespace) -> Dataset:
         ``--target``; said before anything is trained.
     """
     check(args)
-    dataset = data.load(args.dataset, data_dir=args.data_dir)
+    dataset = data.load(args.dataset, data_dir=args.data_dir, image_size=args.image_size,
+                        flip=args.flip)
+    if args.dataset.startswith(data.FOLDER):
+        _tell(dataset)
+    if args.checkpoint is None:
+        presets.of(dataset)  # refuses what is too small to train on
     if args.target is not None and not 0 <= args.target < dataset.num_classes:
         raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
     if args.trigger is None:
@@ -138,14 +161,31 @@ def load(args: argparse.Namespace) -> Dataset:
     return dataset
 
 
+def _tell(dataset: Dataset) -> None:
+    """What was found in a folder, and the numbers that ``--target`` calls its classes by."""
+    height, width = dataset.train_images.shape[1:3]
+    names = [f"{number} {name}" for number, name in enumerate(dataset.class_names)]
+    more = "" if len(names) <= 20 else f", ... {names[-1]}"
+    print(f"{dataset.name}: {len(dataset.train_images)} training and {len(dataset.test_images)} "
+          f"test images of {height}x{width}; {len(names)} classes: {', '.join(names[:20])}{more}",
+          flush=True)
+
+
 def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Options that say which data and which backdoored network: what `scene.make` reads."""
     p = _OneLine(prog=prog, description=description)
     source = p.add_argument_group("data")
-    source.add_argument("--dataset", choices=sorted(PRESETS), default="digits",
-                        help="data set; digits needs no download (default: %(default)s)")
+    source.add_argument("--dataset", type=dataset_of, default="digits",
+                        metavar=f"NAME|{data.FOLDER}PATH",
+                        help=f"one of: {', '.join(data.NAMES)}; or a folder of images of your own, "
+                        "with PATH/CLASS/*.png or PATH/train/CLASS and PATH/test/CLASS; digits "
+                        "needs no download (default: %(default)s)")
     source.add_argument("--data_dir", type=pathlib.Path,
                         help="where its files are (default: $AWM_DATA_DIR, then the cache)")
+    source.add_argument("--image_size", type=image_size, metavar="N|HxW",
+                        help="size to which images of a folder are resized (default: their own)")
+    source.add_argument("--flip", action="store_true",
+                        help="images of a folder keep their class when mirrored: train on both")
     net = p.add_argument_group("network and attack")
     net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg",
                      help="architecture (default: %(default)s)")

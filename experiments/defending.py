@@ -20,7 +20,7 @@ from awm_jax.defences.awm_purify import with_masks
 from awm_jax.defences.base import by_path
 from awm_jax.defences.survey import Survey
 from awm_jax.report import figures, pictures
-from experiments.presets import PRESETS
+from experiments import presets
 from experiments.progress import Progress, waiting
 from experiments.scene import Scene
 
@@ -40,7 +40,7 @@ def config(name: str, args, dataset: Dataset) -> Any:
     if "flip" in fields:
         chosen["flip"] = dataset.flip
     if isinstance(default, AWMConfig) and default.variant != "distilled":
-        chosen["copies"] = (PRESETS[args.dataset].paper_copies if args.samples == "one-shot"
+        chosen["copies"] = (presets.of(dataset).paper_copies if args.samples == "one-shot"
                             else 0)
     if args.purify_epochs is not None and "epochs" in fields:
         chosen["epochs"] = args.purify_epochs
@@ -51,7 +51,7 @@ def config(name: str, args, dataset: Dataset) -> Any:
             except (ValueError, SyntaxError):
                 chosen[field] = text
     if name == "ft_sam" and "rho" not in chosen and chosen.get("adaptive", default.adaptive):
-        chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else PRESETS[args.dataset].ft_sam_rho
+        chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else presets.of(dataset).ft_sam_rho
     try:
         return dataclasses.replace(default, **chosen)
     except TypeError as error:

@@ -16,27 +16,28 @@ from awm_jax import data
 from experiments import cli, results
 
 
-def merged(paths: list[pathlib.Path]) -> tuple[list[dict], str]:
-    """Cells of several runs, and the data set they are on.
+def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
+    """Cells of several runs, and how many classes their data set has.
 
     Args:
       paths: run directories, each with a results.json.
 
     Returns:
-      ``(cells, dataset)``, defences and attacks in the order of their first appearance.
+      ``(cells, num_classes)``, defences and attacks in the order of their first appearance.
 
     Raises:
       FileNotFoundError: a directory without results.
       ValueError: runs that do not belong together, or a file that is no run's.
     """
     cells: dict[tuple, dict] = {}
-    kinds = set()
+    kinds, counts = set(), set()
     for path in paths:
         file = path / "results.json"
         if not file.is_file():
             raise FileNotFoundError(f"Expected {file}, found none. Is {path} a run directory?")
         try:
             found = json.loads(file.read_text())
+            counts.add(found.get("num_classes"))
             for cell in found["cells"].values():
                 kinds.add((found["dataset"], found["arch"], str(cell["samples"])))
                 cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
@@ -46,7 +47,9 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], str]:
     if len(kinds) != 1:
         raise ValueError("Expected runs on one data set, network and number of clean images, got: "
                          + "; ".join(", ".join(kind) for kind in sorted(kinds)) + ".")
-    return list(cells.values()), kinds.pop()[0]
+    # Runs of before folders and parts of data sets do not say it; a name did.
+    known = next(filter(None, counts), None)
+    return list(cells.values()), known or data.num_classes(kinds.pop()[0])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def job():
-        cells, dataset = merged(args.runs)
-        text = results.report(cells, data.num_classes(dataset))
+        text = results.report(*merged(args.runs))
         if args.out is not None:
             args.out.write_text(text + "\n")
         print(text)

@@ -14,7 +14,7 @@ from awm_jax import attacks, checkpoint, training
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset
 from awm_jax.types import Arch, Params
-from experiments.presets import PRESETS
+from experiments import presets
 from experiments.progress import Progress, waiting
 
 _VERSION = 2  # raise it when training or triggers change, so that stale networks are not reused
@@ -25,7 +25,7 @@ class NetworkSpec:
     """Everything that decides a backdoored network.
 
     Args:
-      dataset: name of the data set.
+      dataset: name of the data set, as it calls itself.
       arch: name of the architecture.
       attack: name of the attack, or None for a clean network.
       rate: share of the training images that are poisoned, in (0, 1]; of the target class's where
@@ -80,9 +80,10 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
                            lambda: make(images=dataset.train_images))
     if spec.attack not in attacks.ON_SURROGATE:
         return make()
-    surrogate = benign(spec, PRESETS[spec.dataset].surrogate_epochs)
+    surrogate = benign(spec, presets.of(dataset).surrogate_epochs)
     params = get_network(surrogate, dataset, cache)
-    picks = np.random.default_rng(spec.seed).choice(len(dataset.train_images), 32, replace=False)
+    count = len(dataset.train_images)
+    picks = np.random.default_rng(spec.seed).choice(count, min(32, count), replace=False)
     images = dataset.train_images[picks].astype(np.float32) / 255.0
     return make(params=params, images=images)
 
@@ -121,7 +122,10 @@ def training_set(spec: NetworkSpec, dataset: Dataset,
     images, labels = dataset.train_images, dataset.train_labels
     if attack is not None:
         key = jax.random.split(jax.random.key(spec.seed))[0]
-        images, labels = attacks.poison(key, attack, images, labels, spec.rate)[:2]
+        images, labels, poisoned, _ = attacks.poison(key, attack, images, labels, spec.rate)
+        if not poisoned.any():
+            raise ValueError(f"Expected a poison rate that means an image at least, {spec.rate} of "
+                             f"{dataset.name} is none. Raise --poison_rate, or add images.")
     return np.asarray(images), np.asarray(labels)
 
 
@@ -141,7 +145,7 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     folder = cache / spec.digest
     if checkpoint.exists(folder / "network"):
         return checkpoint.load(folder / "network")[0]
-    preset = PRESETS[spec.dataset]
+    preset = presets.of(dataset)
     config = training.TrainConfig(epochs=spec.epochs, batch_size=preset.batch_size,
                                   peak_lr=preset.peak_lr, crop=preset.crop, flip=dataset.flip)
     attacker: attacks.InBatches | None = None

@@ -14,8 +14,7 @@ import time
 from awm_jax import data
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
-from experiments import cli, defending, results, scene
-from experiments.presets import PRESETS
+from experiments import cli, defending, presets, results, scene
 
 
 def _defences(args, dataset: Dataset) -> tuple[str, ...]:
@@ -68,10 +67,10 @@ def run(args) -> dict:
     """The whole job; returns what results.json holds."""
     dataset = cli.load(args)
     defences = _defences(args, dataset)
-    folder = args.out or pathlib.Path("runs") / f"oneshot-{args.dataset}-{args.arch}"
+    folder = args.out or pathlib.Path("runs") / f"oneshot-{dataset.name}-{args.arch}"
     path = folder / "results.json"
-    cells = {} if args.fresh else results.read_cells(path, args.dataset, args.arch)
-    shared = {"dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
+    cells = {} if args.fresh else results.read_cells(path, dataset.name, args.arch)
+    shared = {**results.about(dataset), "arch": args.arch, "versions": results.versions(),
               "command": " ".join(["python -m experiments.oneshot", *sys.argv[1:]])}
     counted = _Cells(len(args.attack) * len(defences) * args.seeds)
     mine = []
@@ -100,7 +99,7 @@ def run(args) -> dict:
 
 def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
     """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
-    epochs = args.epochs or PRESETS[args.dataset].epochs
+    epochs = args.epochs or presets.of(dataset).epochs
     network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+import numpy as np
+
+from awm_jax.data import Dataset
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -36,4 +40,40 @@ PRESETS = {
                       paper_copies=9, ft_sam_rho=2.0),
     "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, crop=2, peak_lr=3e-3,
                     paper_copies=0, ft_sam_rho=2.0),
+    "tiny_imagenet": Preset(epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3,
+                            paper_copies=9, ft_sam_rho=8.0),
 }
+_STEPS = 1500  # of training on a folder: thrice what digits takes, a third of GTSRB
+
+
+def of(dataset: Dataset) -> Preset:
+    """The preset of a data set, by its name; a folder's goes by the number and size of its images.
+
+    Args:
+      dataset: as `awm_jax.data.load` gives it.
+
+    Returns:
+      `Preset`.
+
+    Raises:
+      ValueError: a folder with fewer training images than one batch.
+
+    Example:
+      >>> from awm_jax import data
+      >>> of(data.load('digits')).epochs
+      12
+    """
+    kind = dataset.name.partition("-")[0]
+    return _of_folder(dataset) if kind == "folder" else PRESETS[kind]
+
+
+def _of_folder(dataset: Dataset) -> Preset:
+    """Steps rather than epochs are what training needs: a small folder is gone through often."""
+    count, height, width = dataset.train_images.shape[:3]
+    batch_size = 16 if count < 320 else 32 if count < 20_000 else 128
+    if count < batch_size:
+        raise ValueError(f"Expected at least {batch_size} training images in {dataset.name} (one "
+                         f"batch), got {count}. Add images.")
+    epochs = int(np.clip(round(_STEPS / (count // batch_size)), 4, 60))
+    return Preset(epochs=epochs, surrogate_epochs=max(1, epochs // 3), batch_size=batch_size,
+                  crop=min(height, width) // 16, peak_lr=3e-3, paper_copies=0, ft_sam_rho=2.0)

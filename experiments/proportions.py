@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> list[dict]:
             rows += mine
             print(_table(mine), flush=True)
             results.write_json(args.out / "proportions.json", {
-                "dataset": args.dataset, "arch": args.arch, "versions": results.versions(),
+                **results.about(dataset), "arch": args.arch, "versions": results.versions(),
                 "rows": rows})
     (args.out / "proportions.md").write_text(_table(rows) + "\n")
     print(f"Everything is in {args.out}/ (proportions.json, proportions.md, pictures).")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from awm_jax import metrics
+from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 
 
@@ -19,6 +20,12 @@ def versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(),
             "cpus": str(os.cpu_count()), **found}
+
+
+def about(dataset: Dataset) -> dict[str, Any]:
+    """What the files of results say of their data set."""
+    return {"dataset": dataset.name, "num_classes": dataset.num_classes,
+            "class_names": list(dataset.class_names)}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -10,8 +10,7 @@ from awm_jax import attacks, checkpoint, metrics
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset, splits
 from awm_jax.types import Arch, Batch, Params
-from experiments import networks
-from experiments.presets import PRESETS
+from experiments import networks, presets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +79,18 @@ def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     else:
         from awm_jax import torch_compat
 
-        params = torch_compat.load(path, Arch(name=args.arch, num_classes=dataset.num_classes))
+        params = torch_compat.load(path, Arch(name=args.arch, num_classes=dataset.num_classes,
+                                              image_shape=dataset.train_images.shape[1:]))
     if params.arch.num_classes != dataset.num_classes:
         raise ValueError(
-            f"Expected a network with {dataset.num_classes} classes for {args.dataset}, "
+            f"Expected a network with {dataset.num_classes} classes for {dataset.name}, "
             f"got {params.arch.num_classes} in {path}."
         )
+    shape = dataset.train_images.shape[1:]
+    if tuple(params.arch.image_shape) != shape:
+        raise ValueError(f"Expected a network for images of {shape} as in {dataset.name}, the one "
+                         f"in {path} is for {tuple(params.arch.image_shape)}. Images of "
+                         "folder:PATH are resized with --image_size.")
     return params
 
 
@@ -98,8 +103,8 @@ def attack_of(name: str, args, dataset: Dataset,
               cache: pathlib.Path) -> tuple[Attack, networks.NetworkSpec]:
     """An attack as the command wants it, and how its network is trained."""
     spec = networks.NetworkSpec(
-        dataset=args.dataset, arch=args.arch, attack=name, rate=rate(name, args),
-        epochs=args.epochs or PRESETS[args.dataset].epochs, seed=args.network_seed)
+        dataset=dataset.name, arch=args.arch, attack=name, rate=rate(name, args),
+        epochs=args.epochs or presets.of(dataset).epochs, seed=args.network_seed)
     if args.trigger is not None:
         shape = dataset.train_images.shape[1:]
         trigger = attacks.trigger_from_png(args.trigger, shape, mode=args.trigger_mode,

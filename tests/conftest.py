@@ -73,5 +73,5 @@ def tiny_dataset(monkeypatch, tmp_path):
         return pixels.astype(np.uint8), labels
 
     dataset = data.Dataset("digits", *images(200), *images(90), 10, False)
-    monkeypatch.setattr(data, "load", lambda name, data_dir=None: dataset)
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None, **options: dataset)
     return tmp_path

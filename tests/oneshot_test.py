@@ -1,5 +1,6 @@
 """The command: its options, its errors, its files, its second start."""
 
+import dataclasses
 import json
 import time
 
@@ -78,7 +79,9 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     (["--dataset", "cifar10", "--arch", "vgg19_bn"], 6), (["--set", "rho=.25"], 0.25),
     (["--dataset", "gtsrb", "--set", "adaptive=False"], 0.5)])
 def test_ft_sam_has_its_papers_radius(argv, rho, tiny_dataset):
-    found = defending.config("ft_sam", parser().parse_args(argv), data.load("digits"))
+    args = parser().parse_args(argv)
+    dataset = dataclasses.replace(data.load("digits"), name=args.dataset)
+    found = defending.config("ft_sam", args, dataset)
     assert found.radius == rho
 
 

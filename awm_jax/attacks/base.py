@@ -27,7 +27,8 @@ def check_target(target: int, num_classes: int) -> None:
     """ValueError unless the target is one of the classes."""
     if not 0 <= target < num_classes:
         raise ValueError(
-            f"Expected target={target} in 0..{num_classes - 1}. Choose a class of this data set."
+            f"Expected target={target} in 0..{num_classes - 1}. Choose a class of this data set "
+            "(--target)."
         )
 
 

@@ -2,21 +2,18 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
-import shutil
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from awm_jax import validate
+from awm_jax.data import store
+from awm_jax.data.store import Prepared
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-_FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
-_VERSION = 1  # raise it when preparation changes, so that stale arrays are not reused
+_VERSION = 2  # raise it when preparation changes, so that stale arrays are not reused
+FOLDER = "folder:"  # and a path: images of one's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +21,15 @@ class Dataset:
     """Training and test images of one data set.
 
     Args:
-      name: one of `NAMES`.
+      name: one of `NAMES`, or, of images that the name does not decide, a name with a digest of
+        them: no other data set has it, and it is fit for a file name.
       train_images: ``[N, H, W, C]`` uint8.
       train_labels: ``[N]`` int32.
       test_images: ``[M, H, W, C]`` uint8.
       test_labels: ``[M]`` int32.
       num_classes: how many classes.
       flip: whether a horizontal flip keeps the label.
+      class_names: of class 0, 1, ...; empty where nobody named them.
     """
 
     name: str
@@ -40,17 +39,26 @@ class Dataset:
     test_labels: np.ndarray
     num_classes: int
     flip: bool
+    class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """How to prepare a data set from a directory of its files (None: it comes with a package)."""
 
-    num_classes: int
     flip: bool
-    prepare: Callable[[pathlib.Path | None, pathlib.Path], Arrays]
+    prepare: Callable[[pathlib.Path | None, pathlib.Path], Prepared]
     subfolder: str | None
     """Where the files lie when the directory holds several data sets; None: no files needed."""
+    files: Callable[[pathlib.Path], Iterable[pathlib.Path]]
+    """The files in a directory that it is prepared from; where one changes, so do the arrays."""
+    class_names: tuple[str, ...] | None
+    """None: the files say."""
+
+
+_DIGITS = tuple("0123456789")
+_CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+_GTSRB = tuple(map(str, range(43)))  # the official class numbers
 
 
 def _digits(data_dir, cache):
@@ -69,32 +77,46 @@ def _digits(data_dir, cache):
     labels = source.target.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(labels))
     train, test = order[:1100], order[1100:]
-    return images[train], labels[train], images[test], labels[test]
+    return Prepared((images[train], labels[train], images[test], labels[test]), _DIGITS)
 
 
 def _gtsrb(data_dir, cache):
     from awm_jax.data import gtsrb
 
-    return gtsrb.prepare(data_dir, cache)
+    return Prepared(gtsrb.prepare(data_dir, cache), _GTSRB)
 
 
 def _cifar10(data_dir, cache):
     from awm_jax.data import official
 
-    return official.cifar10(data_dir, cache)
+    return Prepared(official.cifar10(data_dir, cache), _CIFAR10)
 
 
 def _mnist(data_dir, cache):
     from awm_jax.data import official
 
-    return official.mnist(data_dir, cache)
+    return Prepared(official.mnist(data_dir, cache), _DIGITS)
+
+
+def _tiny_imagenet(data_dir, cache):
+    from awm_jax.data import tiny_imagenet
+
+    return tiny_imagenet.prepare(data_dir, cache)
+
+
+def _tiny_imagenet_files(data_dir):
+    from awm_jax.data import tiny_imagenet
+
+    return [tiny_imagenet.archive_in(data_dir)]
 
 
 _SOURCES = {
-    "digits": _Source(10, False, _digits, None),
-    "gtsrb": _Source(43, False, _gtsrb, "gtsrb"),
-    "cifar10": _Source(10, True, _cifar10, "tfds"),
-    "mnist": _Source(10, False, _mnist, "mnist"),
+    "digits": _Source(False, _digits, None, lambda _: (), _DIGITS),
+    "gtsrb": _Source(False, _gtsrb, "gtsrb", lambda folder: folder.glob("GTSRB_*.zip"), _GTSRB),
+    "cifar10": _Source(True, _cifar10, "tfds", lambda folder: folder.glob("cifar10/*/*"),
+                       _CIFAR10),
+    "mnist": _Source(False, _mnist, "mnist", lambda folder: folder.glob("*-ubyte.gz"), _DIGITS),
+    "tiny_imagenet": _Source(True, _tiny_imagenet, "tiny_imagenet", _tiny_imagenet_files, None),
 }
 NAMES = tuple(_SOURCES)
 
@@ -105,31 +127,39 @@ def cache_directory() -> pathlib.Path:
 
 
 def num_classes(name: str) -> int:
-    """How many classes a data set has, without loading it.
+    """How many classes a data set has whose name decides them, without loading it.
 
     Example:
       >>> num_classes('gtsrb')
       43
     """
-    validate.choice(NAMES, dataset=name)
-    return _SOURCES[name].num_classes
+    fixed = {known: source.class_names for known, source in _SOURCES.items() if source.class_names}
+    validate.choice(fixed, dataset=name)
+    return len(fixed[name])
 
 
-def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
-    """Loads a data set, preparing and caching it the first time.
+def load(name: str, data_dir: str | os.PathLike | None = None, *,
+         image_size: int | tuple[int, int] | None = None, flip: bool = False) -> Dataset:
+    """Loads a data set, preparing and caching it the first time and whenever its files change.
 
     Args:
       name: one of `NAMES`: ``'digits'`` needs no files, ``'gtsrb'`` takes the official archives,
-        ``'cifar10'`` a prepared TFDS directory, ``'mnist'`` the four official files.
+        ``'cifar10'`` a prepared TFDS directory, ``'mnist'`` the four official files,
+        ``'tiny_imagenet'`` the official archive or one of fewer classes laid out alike; or
+        ``'folder:PATH'``, images of your own, see `awm_jax.data.folder.find`.
       data_dir: directory of the files, or of one folder a data set; by default ``$AWM_DATA_DIR``,
-        and without that the cache, into which GTSRB and MNIST are downloaded where there is
-        internet.
+        and without that the cache, into which GTSRB, MNIST and Tiny ImageNet are downloaded where
+        there is internet.
+      image_size: of ``folder:PATH``: a side, or ``(height, width)``, in 8..1024, to resize to; None
+        for the images' own size, if they have one.
+      flip: of ``folder:PATH``: whether a horizontal flip keeps the label.
 
     Returns:
       `Dataset`.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, options of ``folder:PATH`` beside another, or a folder that is
+        laid out otherwise.
       FileNotFoundError: files are missing and could not be downloaded; says which, from where, and
         where to put them.
       OSError: a file is damaged.
@@ -138,21 +168,46 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
       >>> load('digits').train_images.shape
       (1100, 32, 32, 3)
     """
-    validate.choice(NAMES, dataset=name)
+    if name.startswith(FOLDER):
+        if data_dir is not None:
+            raise ValueError(f"Expected no data_dir={data_dir} beside {name}: the path is in it.")
+        return _load_folder(name.removeprefix(FOLDER), image_size, flip)
+    validate.choice([*NAMES, f"{FOLDER}PATH"], dataset=name)
+    if image_size is not None or flip:
+        raise ValueError(f"Expected image_size={image_size} and flip={flip} beside {FOLDER}PATH "
+                         f"only; those of {name} are known.")
     source = _SOURCES[name]
-    folder = _resolve(source, data_dir)
-    tag = hashlib.sha256(f"{_VERSION}:{folder}".encode()).hexdigest()[:10]
-    cached = cache_directory() / "arrays" / f"{name}-{tag}"
-    if not (cached / "done.json").exists():
-        started = time.perf_counter()
-        if source.subfolder is not None:
-            print(f"Preparing {name}; this happens once ...", flush=True)
-        arrays = source.prepare(folder, cache_directory())
-        _store(cached, arrays)
-        if source.subfolder is not None:
-            print(f"Prepared {name} in {time.perf_counter() - started:.0f} s: {cached}", flush=True)
-    fields = {field: np.load(cached / f"{field}.npy") for field in _FIELDS}
-    return Dataset(name=name, **fields, num_classes=source.num_classes, flip=source.flip)
+    where = _resolve(source, data_dir)
+    found = store.fetch(
+        _kept_in(name, str(where)), name,
+        lambda: {} if where is None else store.stats(source.files(where)),
+        lambda: source.prepare(where, cache_directory()), aloud=where is not None)
+    full_name = f"{name}-{found.digest[:8]}" if found.digest else name
+    return Dataset(full_name, *found.arrays, len(found.class_names), source.flip,
+                   found.class_names)
+
+
+def _load_folder(path: str, image_size: int | tuple[int, int] | None, flip: bool) -> Dataset:
+    """A data set of one's own images."""
+    from awm_jax.data import folder
+
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None:
+        folder.check_sides(size)
+    listing = folder.find(path)
+    name = f"folder-{folder.slug(listing.root)}"
+    found = store.fetch(
+        _kept_in(name, f"{listing.root}:{size}"), str(listing.root),
+        lambda: folder.signature(listing), lambda: folder.prepare(listing, size))
+    # The images decide what a network learns, and whether they are mirrored.
+    full_name = f"{name}-{found.digest[:8]}" + ("-flip" if flip else "")
+    return Dataset(full_name, *found.arrays, len(found.class_names), flip, found.class_names)
+
+
+def _kept_in(name: str, origin: str) -> pathlib.Path:
+    """Where the arrays of an origin are kept."""
+    tag = hashlib.sha256(f"{_VERSION}:{origin}".encode()).hexdigest()[:10]
+    return cache_directory() / "arrays" / f"{name}-{tag}"
 
 
 def _resolve(source: _Source, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
@@ -166,18 +221,3 @@ def _resolve(source: _Source, data_dir: str | os.PathLike | None) -> pathlib.Pat
     if not folder.is_dir():
         raise FileNotFoundError(f"Expected data_dir={folder} to be a directory; it is not there.")
     return folder / source.subfolder if (folder / source.subfolder).is_dir() else folder
-
-
-def _store(target: pathlib.Path, arrays: Arrays) -> None:
-    """Writes the arrays under a temporary name and renames the whole folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        for field, array in zip(_FIELDS, arrays, strict=True):
-            np.save(temporary / f"{field}.npy", array)
-        (temporary / "done.json").write_text(json.dumps({f: list(a.shape) for f, a in zip(
-            _FIELDS, arrays, strict=True)}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed

@@ -1,17 +1,15 @@
 """German Traffic Sign Recognition Benchmark: a TFDS builder for the official archives."""
 
-import contextlib
 import csv
 import io
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from awm_jax.data import download, tfds_arrays
+from awm_jax.data import archives, download, tfds_arrays
 
 URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
 # md5 of the official files.
@@ -42,44 +40,24 @@ def crop(image: Image.Image, row: dict[str, str]) -> Image.Image:
     return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
-    """An open archive; whatever is wrong inside is reported with the archive's name."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
-        raise OSError(
-            f"{path} is damaged or incomplete ({error}). Delete it and get it anew from {URL}."
-        ) from error
-
-
 def _rows(archive: zipfile.ZipFile, member: str) -> list[dict[str, str]]:
     """Lines of a semicolon-separated CSV inside an archive."""
     return list(csv.DictReader(io.StringIO(archive.read(member).decode()), delimiter=";"))
 
 
-def _member(archive: zipfile.ZipFile, suffix: str) -> str:
-    """The one member that ends so, whatever folder it is packed in."""
-    found = [name for name in archive.namelist() if name.endswith(suffix)]
-    if len(found) != 1:
-        raise OSError(f"Expected one {suffix} in {archive.filename}, found {len(found)}.")
-    return found[0]
-
-
 def examples(folder: pathlib.Path, split: str) -> Iterator[tuple[str, bytes, int]]:
     """Yields ``(name, png bytes, class)`` of every image of a split."""
     if split == "train":
-        with _opened(folder / "GTSRB_Final_Training_Images.zip") as archive:
+        with archives.opened(folder / "GTSRB_Final_Training_Images.zip", URL) as archive:
             tables = sorted(n for n in archive.namelist() if n.endswith(".csv"))
             for table in tables:
                 for row in _rows(archive, table):
                     name = f"{table.rsplit('/', 1)[0]}/{row['Filename']}"
                     yield name, *_encoded(archive, name, row)
         return
-    with _opened(folder / "GTSRB_Final_Test_GT.zip") as truth:
-        rows = _rows(truth, _member(truth, "GT-final_test.csv"))
-    with _opened(folder / "GTSRB_Final_Test_Images.zip") as archive:
+    with archives.opened(folder / "GTSRB_Final_Test_GT.zip", URL) as truth:
+        rows = _rows(truth, archives.member(truth, "GT-final_test.csv"))
+    with archives.opened(folder / "GTSRB_Final_Test_Images.zip", URL) as archive:
         pictures = [n for n in archive.namelist() if n.endswith(".ppm")]
         if not pictures:
             raise OSError("it holds no .ppm image")
@@ -138,8 +116,7 @@ def prepare(folder: pathlib.Path, cache: pathlib.Path):
     """
     download.fetch_missing(URL, ARCHIVES, folder)
     for path in (folder / name for name in ARCHIVES):
-        if not zipfile.is_zipfile(path):
-            raise OSError(f"{path} is no whole zip archive. Delete it and get it anew from {URL}.")
+        archives.check_whole(path, URL)
     arrays = tfds_arrays.prepare_and_read(Gtsrb, folder, cache)
     for split, labels in (("train", arrays[1]), ("test", arrays[3])):
         if len(labels) != COUNTS[split]:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 
 from awm_jax.data import download
-from awm_jax.data.dataset import Arrays
+from awm_jax.data.store import Arrays
 
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 # md5 of the official files.

@@ -29,7 +29,8 @@ def defender_split(dataset: Dataset) -> Split:
 
     Returns:
       `Split` with 5,000 images in the pool (the papers' largest clean set) if M >= 10,000, else a
-      third; the rest measures.
+      third; the rest measures. Where that leaves a class without an image in either part, a third
+      of each class instead, rounded, as long as it has two.
 
     Example:
       >>> from awm_jax.data import load
@@ -40,7 +41,19 @@ def defender_split(dataset: Dataset) -> Split:
     count = len(dataset.test_labels)
     pool = 5000 if count >= 10_000 else count // 3
     order = np.random.default_rng(_SEED).permutation(count)
-    return Split(np.sort(order[:pool]), order[pool:])
+    parts, present = (order[:pool], order[pool:]), np.unique(dataset.test_labels)
+    if any(len(np.unique(dataset.test_labels[part])) < len(present) for part in parts):
+        parts = _stratified(order, dataset.test_labels)
+    return Split(np.sort(parts[0]), parts[1])
+
+
+def _stratified(order: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first third of each class, in the order given, and the rest."""
+    drawn = np.zeros(len(order), bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels[order] == label)
+        drawn[own[: max(round(len(own) / 3), len(own) >= 2)]] = True
+    return order[drawn], order[~drawn]
 
 
 def draw_clean(seed: int, labels: np.ndarray, num_classes: int,

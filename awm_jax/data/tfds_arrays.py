@@ -2,12 +2,13 @@
 
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import gcs_utils
 
-from awm_jax.data.dataset import Arrays
+from awm_jax.data.store import Arrays
 
 # No public switch turns this look-up off for building a DatasetInfo; offline it hangs for minutes.
 gcs_utils._is_gcs_disabled = True
@@ -15,7 +16,8 @@ gcs_utils._is_gcs_disabled = True
 _CHUNK = 5000  # records decoded at a time: much faster than one by one
 
 
-def prepare_and_read(builder_class: type, archives: pathlib.Path, cache: pathlib.Path) -> Arrays:
+def prepare_and_read(builder_class: Callable, archives: pathlib.Path,
+                     cache: pathlib.Path) -> Arrays:
     """Prepares a builder of ours from local archives and reads it."""
     cache.mkdir(parents=True, exist_ok=True)
     # A directory used once: TFDS takes whatever it finds prepared, be it of other archives or of

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from awm_jax import models, validate
 from awm_jax.defences.base import NORMS, Defence, by_path, map_weights
@@ -53,13 +54,29 @@ def channel_lipschitz(kernel: jax.Array, scale: jax.Array, variance: jax.Array) 
     Reference: Zheng et al., ECCV 2022, "Data-free Backdoor Removal based on Channel Lipschitzness",
     section 4 (UCLC); the reshaping is its code's.
     """
-    height, width, channels_in, channels_out = kernel.shape
-    matrices = kernel.reshape(height * width, channels_in, channels_out)
+    return _bounds([(kernel, scale, variance)])[0]
+
+
+def _bounds(layers: list[tuple[jax.Array, jax.Array, jax.Array]]) -> list[jax.Array]:
+    """`channel_lipschitz` of several layers, whose eigenvalues come out of one call.
+
+    Of two calls at once on two cores, each waits for ever: jaxlib's batched LAPACK blocks a worker
+    of XLA's pool until other workers of that pool are done (seen with 0.10.2).
+    """
     # The largest eigenvalue of a [9, 9] matrix instead of an SVD of [I, 9]: accelerators have
     # fast batches of the former.
-    gram = jnp.einsum("pio,qio->opq", matrices, matrices)
-    sigma = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[:, -1], 0.0))
-    return sigma * jnp.abs(scale) / jnp.sqrt(variance + _EPSILON)
+    grams = []
+    for kernel, _, _ in layers:
+        height, width, channels_in, channels_out = kernel.shape
+        matrices = kernel.reshape(height * width, channels_in, channels_out)
+        grams.append(jnp.einsum("pio,qio->opq", matrices, matrices))
+    size = max(gram.shape[-1] for gram in grams)
+    # Zeros around a smaller matrix add eigenvalues of zero, and none of its own is less.
+    padded = [jnp.pad(gram, ((0, 0), *((0, size - gram.shape[-1]),) * 2)) for gram in grams]
+    largest = jnp.linalg.eigvalsh(jnp.concatenate(padded))[:, -1]
+    ends = np.cumsum([len(gram) for gram in grams])[:-1]
+    return [jnp.sqrt(jnp.maximum(own, 0.0)) * jnp.abs(scale) / jnp.sqrt(variance + _EPSILON)
+            for own, (_, scale, variance) in zip(jnp.split(largest, ends), layers, strict=True)]
 
 
 def outliers(values: jax.Array, u: float) -> jax.Array:
@@ -77,11 +94,10 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     """Zero scale and bias for the channels whose Lipschitz bound stands out of their layer."""
     del key, images, labels
     weights, stats = by_path(params.weights), by_path(params.batch_stats)
-    bounds, pruned = {}, {}
-    for norm, conv in models.norm_inputs(params.arch).items():
-        bounds[norm] = channel_lipschitz(
-            weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
-        pruned[norm] = outliers(bounds[norm], config.u)
+    layers = {norm: (weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
+              for norm, conv in models.norm_inputs(params.arch).items()}
+    bounds = dict(zip(layers, _bounds(list(layers.values())), strict=True))
+    pruned = {norm: outliers(bound, config.u) for norm, bound in bounds.items()}
 
     def prune(path, leaf):
         norm, _, part = path.rpartition("/")

@@ -55,7 +55,8 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     assert oneshot.main([*ARGV, "--seeds", "1", "--out", str(out)]) == 0
     saved = json.loads((out / "results.json").read_text())
     (cell,) = saved["cells"].values()
-    assert {"acc", "asr", "asr_all", "recovered"} == set(cell["before"]) == set(cell["after"])
+    figures = {"acc", "asr", "asr_all", "recovered", "asr_parts"}
+    assert figures == set(cell["before"]) == set(cell["after"])
     assert len(cell["clean_indices"]) == 10 and saved["versions"]["jax"]
     assert len(cell["damage"]) == 10 and cell["suspect"] in range(11)
     assert 0 <= cell["stay"] <= 1 and cell["kept"] > 0

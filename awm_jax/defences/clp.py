@@ -77,8 +77,11 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     """Zero scale and bias for the channels whose Lipschitz bound stands out of their layer."""
     del key, images, labels
     weights, stats = by_path(params.weights), by_path(params.batch_stats)
-    bounds, pruned = {}, {}
-    for norm, conv in models.norm_inputs(params.arch).items():
+    pairs, bounds, pruned = models.norm_inputs(params.arch), {}, {}
+    if not pairs:
+        raise ValueError(f"Expected a network with BatchNorm, whose channels CLP prunes; "
+                         f"{params.arch.name} has none.")
+    for norm, conv in pairs.items():
         bounds[norm] = channel_lipschitz(
             weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
         pruned[norm] = outliers(bounds[norm], config.u)

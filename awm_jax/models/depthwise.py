@@ -36,7 +36,7 @@ def _cpu_kernel_grad(x, kernel, dy, strides, pads):
     Image by image, pixels apart until the end: XLA:CPU reduces all but the last axis in steps of a
     whole row, five times as slowly.
     """
-    kh, kw, _, channels = kernel.shape
+    kh, kw = kernel.shape[:2]
 
     def add(totals, inputs):
         image, slope = inputs

@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two 5x5 convolutions, 16 and 32, each with ReLU and average pooling; 512 neurons; the classes.
+    """Two 5x5 convolutions, each with ReLU and average pooling, 512 neurons, and the classes.
 
     Table 6 gives 48 convolution channels and 512 neurons in 2 + 1 + 1 layers. The network of Gu et
     al. 2017 ("BadNets", Table 1) has just these, so the other sizes are taken from there.

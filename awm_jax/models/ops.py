@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from awm_jax.models import lowering, depthwise, winograd
+from awm_jax.models import depthwise, lowering, winograd
 from awm_jax.models.lowering import Pads
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
@@ -102,7 +102,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) 
 
 def flax_conv(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, dimension_numbers,
               feature_group_count, precision):
-    """`conv` or `depthwise.conv`, behind the signature that `flax.linen.Conv(conv_general_dilated=...)` calls."""
+    """`conv` or `depthwise.conv`, as `flax.linen.Conv(conv_general_dilated=...)` calls them."""
     del dimension_numbers, precision
     channels = x.shape[-1]
     by_channel = feature_group_count == channels > 1 and kernel.shape[2:] == (1, channels)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from awm_jax.defences import Status
-from awm_jax.defences.base import HIDDEN_KERNELS, EVERYTHING, NORMS, WEIGHTS, Defence, map_weights
+from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
 from awm_jax.types import Batch
 
 

@@ -143,7 +143,7 @@ def test_a_planted_channel_is_pruned_where_it_is_read(pre_activation):
 
 
 def test_without_batch_norm_it_is_refused(plain_mlp):
-    with pytest.raises(ValueError, match="Expected a network with BatchNorm.*mlp has none"):
+    with pytest.raises(ValueError, match=r"Expected a network with BatchNorm.*mlp has none"):
         defences.clp(plain_mlp)
 
 

@@ -69,7 +69,7 @@ def test_a_silent_block_has_a_finite_gradient():
 
 
 def test_a_network_without_pixels_is_refused(plain_mlp, tiny_batch):
-    with pytest.raises(ValueError, match="block of more than one pixel.*got block1, block2"):
+    with pytest.raises(ValueError, match=r"block of more than one pixel.*got block1, block2"):
         defences.nad(plain_mlp, tiny_batch, config=CONFIG)
 
 

@@ -21,10 +21,9 @@ def _case(size, shape, batch=2, channels=3):
             jax.random.normal(keys[1], (size, size, 1, channels), jnp.float64))
 
 
-# Odd and even sides, with a last row that a stride uses or leaves, and unequal pads.
+# The second with unequal pads, a last row that the stride leaves and a last column that it uses.
 @pytest.mark.parametrize("size, stride, pads, shape", [
-    (3, 1, ((1, 1), (1, 1)), (8, 7)), (3, 2, ((1, 1), (1, 1)), (7, 8)),
-    (2, 2, ((1, 0), (0, 2)), (6, 7)),
+    (3, 1, ((1, 1), (1, 1)), (8, 7)), (3, 2, ((1, 0), (0, 2)), (7, 7)),
 ])
 def test_value_and_first_and_second_derivatives_equal_the_native_ones(x64, size, stride, pads,
                                                                       shape):

@@ -29,7 +29,8 @@ def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:
 
     Args:
       weights: nested dict of arrays.
-      layers: ``'conv'`` (4-d kernels), ``'all'`` (dense kernels too), or a tuple of layer names as
+      layers: ``'conv'`` (4-d kernels; in a network without any, all but the last layer's, which
+        is called ``'dense'``), ``'all'`` (dense kernels too), or a tuple of layer names as
         `layer_names` lists them (Table 9's VGG-i is ``('conv<i>',)``).
 
     Returns:
@@ -49,13 +50,17 @@ def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:
     elif layers not in ("conv", "all"):
         raise ValueError(f"Expected layers={layers!r} to be 'conv', 'all' or a tuple of names.")
 
+    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
+               if _name(path[-1:]) == "kernel"]
+    convolutional = any(kernel.ndim == 4 for kernel in kernels)
+
     def chosen(path, leaf):
         if _name(path[-1:]) != "kernel":
             return None
         if layers == "all":
             keep = True
         elif layers == "conv":
-            keep = leaf.ndim == 4
+            keep = leaf.ndim == 4 if convolutional else _name(path[:-1]) != "dense"
         else:
             keep = _name(path[:-1]) in layers
         return jnp.ones_like(leaf) if keep else None

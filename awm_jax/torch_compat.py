@@ -1,5 +1,6 @@
 """PyTorch state_dicts to and from `Params` (extra `torch`)."""
 
+import dataclasses
 import os
 import pathlib
 import pickle
@@ -115,10 +116,11 @@ def _complete(arch: Arch | str | None, state: Mapping[str, Any],
     """An `Arch` from as much of it as is given; the last layer says how many classes."""
     if isinstance(arch, Arch):
         return arch
-    last = [state[f"{layer}.{part}"] for layer in ("classifier", "linear", "fc")
-            for part in ("bias", "weight") if f"{layer}.{part}" in state]
+    known = Arch(name=arch or _detect(state), num_classes=2, image_shape=image_shape)
+    last = [state[e.name] for e in entries(known, state)
+            if e.path[:2] == ("weights", "dense") and e.name in state]
     num_classes = max([2, *(int(value.shape[0]) for value in last[:1] if value.ndim)])
-    return Arch(name=arch or _detect(state), num_classes=num_classes, image_shape=image_shape)
+    return dataclasses.replace(known, num_classes=num_classes)
 
 
 def _to_jax(value: np.ndarray, entry: Entry) -> np.ndarray:
@@ -207,7 +209,7 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
             node = node.setdefault(part, {})
         value = state[entry.name].detach().cpu().float().numpy()
         node[entry.path[-1]] = jnp.array(_to_jax(value, entry))
-    return Params(tree["weights"], tree["batch_stats"], arch)
+    return Params(tree["weights"], tree.get("batch_stats", {}), arch)
 
 
 def state_dict_from_params(params: Params,

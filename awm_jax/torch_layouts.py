@@ -1,12 +1,14 @@
 """Where each tensor of a PyTorch network goes: names, paths, layouts. Needs no PyTorch."""
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from awm_jax import validate
+from awm_jax import models, validate
 from awm_jax.types import Arch
 
-LAYOUTS = ("small_vgg", "resnet18", "preact_resnet18", "vgg19_bn")
+LAYOUTS = ("small_vgg", "resnet18", "preact_resnet18", "vgg19_bn", "shufflenet_v2",
+           "mobilenet_v2", "mlp", "cnn")
 _SMALL_VGG = (0, 3, 8, 11, 16, 19)  # convolutions in its list of layers
 _VGG19 = (0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49)
 
@@ -43,12 +45,13 @@ def _features_entries(convolutions: Iterable[int]) -> list[Entry]:
     return entries
 
 
-def _dense_entries(name: str, grid: tuple[int, int, int] | None = None) -> list[Entry]:
-    """The last layer, on features flattened from ``grid`` if it is given."""
-    kernel = ("weights", "dense", "kernel")
+def _dense_entries(name: str, grid: tuple[int, int, int] | None = None,
+                   ours: str = "dense") -> list[Entry]:
+    """A dense layer, by default the last, on features flattened from ``grid`` if it is given."""
+    kernel = ("weights", ours, "kernel")
     return [Entry(f"{name}.weight", kernel, "dense") if grid is None else
             Entry(f"{name}.weight", kernel, "flat", grid),
-            Entry(f"{name}.bias", ("weights", "dense", "bias"))]
+            Entry(f"{name}.bias", ("weights", ours, "bias"))]
 
 
 def _resnet_entries(shortcut: str, dense: str) -> list[Entry]:
@@ -84,6 +87,42 @@ def _preact_entries() -> list[Entry]:
     return [*entries, *_dense_entries("linear")]
 
 
+def _paired_entries(arch: Arch) -> list[Entry]:
+    """Bias-free convolutions, each with a BatchNorm, in blocks as the CIFAR repositories name them.
+
+    Ours are called alike: ``layers_3/shortcut_conv`` for ``layers.3.shortcut.0``.
+    """
+    def theirs(path):
+        name = re.sub(r"_(\d+)/", r".\1.", path)
+        return name.replace("shortcut_conv", "shortcut.0").replace("shortcut_bn", "shortcut.1")
+
+    entries: list[Entry] = []
+    for norm, conv in models.norm_inputs(arch).items():
+        entries += [Entry(f"{theirs(conv)}.weight", ("weights", *conv.split("/"), "kernel"),
+                          "conv"), *_norm_entries(theirs(norm), tuple(norm.split("/")))]
+    return [*entries, *_dense_entries("linear")]
+
+
+def _mlp_entries(image_shape: tuple[int, int, int]) -> list[Entry]:
+    """Dense layers ``fc1`` to ``fc5``, the first on a flattened image."""
+    height, width, channels = image_shape
+    entries = _dense_entries("fc1", (channels, height, width), "fc1")
+    for i in (2, 3, 4):
+        entries += _dense_entries(f"fc{i}", None, f"fc{i}")
+    return [*entries, *_dense_entries("fc5")]
+
+
+def _cnn_entries(image_shape: tuple[int, int, int]) -> list[Entry]:
+    """Convolutions ``conv1`` and ``conv2``, dense layers ``fc1`` and ``fc2``."""
+    entries: list[Entry] = []
+    height, width, _ = image_shape
+    for name in ("conv1", "conv2"):
+        entries += [Entry(f"{name}.weight", ("weights", name, "kernel"), "conv"),
+                    Entry(f"{name}.bias", ("weights", name, "bias"))]
+        height, width = (height - 4) // 2, (width - 4) // 2
+    return [*entries, *_dense_entries("fc1", (32, height, width), "fc1"), *_dense_entries("fc2")]
+
+
 def entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
     """The layout of an architecture, in the spelling that ``names`` use.
 
@@ -109,5 +148,11 @@ def entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
         return [*_features_entries(_VGG19), *_dense_entries("classifier")]
     if arch.name == "preact_resnet18":
         return _preact_entries()
+    if arch.name in ("shufflenet_v2", "mobilenet_v2"):
+        return _paired_entries(arch)
+    if arch.name == "mlp":
+        return _mlp_entries(arch.image_shape)
+    if arch.name == "cnn":
+        return _cnn_entries(arch.image_shape)
     shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
     return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")

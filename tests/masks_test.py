@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from awm_jax import masks
+from awm_jax import masks, models
+from awm_jax.types import Arch
 
 WEIGHTS = {"conv1": {"kernel": jnp.full((3, 3, 1, 2), 2.0), "bias": jnp.ones(2)},
            "block": {"conv1": {"kernel": jnp.ones((1, 1, 2, 2))}},
@@ -32,6 +33,16 @@ def test_apply_touches_only_masked_leaves():
 def test_unknown_layers_are_named(layers):
     with pytest.raises(ValueError, match="conv"):
         masks.init(WEIGHTS, layers)
+
+
+@pytest.mark.parametrize("name, shape, layers", [
+    ("mlp", (8, 8, 1), {"fc1", "fc2", "fc3", "fc4"}), ("cnn", (16, 16, 1), {"conv1", "conv2"})])
+def test_the_mnist_networks(name, shape, layers):
+    """The hidden layers stand in for convolutions only where there are none."""
+    arch = Arch(name=name, num_classes=3, image_shape=shape)
+    weights = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0)).weights
+    found = jax.eval_shape(masks.init, weights)
+    assert set(masks.layer_names(found)) == layers
 
 
 def test_nothing_to_mask_is_an_error():

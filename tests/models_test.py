@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from awm_jax import masks, models
@@ -113,16 +114,9 @@ def test_winograd_leaves_the_rest_alone(x, k, strides, pads):
     assert not winograd.applies(x, k, strides, (pads, pads))
 
 
-def test_flax_conv_refuses_groups():
-    with pytest.raises(ValueError, match="ungrouped"):
-        ops.flax_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2)), (1, 1), "SAME",
-                      lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
-                      feature_group_count=2, precision=None)
-
-
 # Counted by hand from Table 6 (convolutions with bias, BatchNorm scale and shift, dense 2048 -> c)
 # and from the CIFAR ResNet-18 with its three shortcuts; the other two are what the CIFAR
-# repositories report.
+# repositories report. Those of torch_networks_test.py follow there.
 @pytest.mark.parametrize("name, classes, count", [
     ("small_vgg", 10, 308_394), ("small_vgg", 43, 376_011), ("resnet18", 10, 11_173_962),
     ("preact_resnet18", 10, 11_171_146), ("vgg19_bn", 10, 20_040_522)])
@@ -130,6 +124,45 @@ def test_parameter_counts(name, classes, count):
     arch = Arch(name=name, num_classes=classes)
     shapes = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes.weights)) == count
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_norm_inputs_are_read_off_the_network(name):
+    """In its order; a BatchNorm that no convolution feeds is left out."""
+    arch = Arch(name=name, num_classes=3)
+    convolved, normed = [], {}
+
+    def watch(call, args, kwargs, context):
+        out, path = call(*args, **kwargs), "/".join(context.module.path)
+        if isinstance(context.module, nn.Conv):
+            convolved.append((path, out))
+        elif isinstance(context.module, nn.BatchNorm):
+            normed[path] = args[0]
+        return out
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda k: models.module(arch).init(k, jnp.zeros((1, 32, 32, 3)), False),
+                       jax.random.key(0))
+    fed = [(norm, conv) for norm, x in normed.items() for conv, y in convolved if x is y]
+    assert list(models.norm_inputs(arch).items()) == fed
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_last_block_is_what_the_classifier_sees(name):
+    """Blocks of four axes, numbered from one; the last has the last layer's channels."""
+    arch = Arch(name=name, num_classes=3)
+
+    def both(key):
+        params = models.create(key, arch)
+        return params, models.activations(params, jnp.zeros((2, 32, 32, 3)))[1]
+
+    params, blocks = jax.eval_shape(both, jax.random.key(0))
+    assert list(blocks) == [f"block{i}" for i in range(1, len(blocks) + 1)]
+    assert {block.ndim for block in blocks.values()} == {4}
+    sides = [block.shape[1] for block in blocks.values()]
+    assert sides == sorted(sides, reverse=True)
+    channels = blocks[f"block{len(blocks)}"].shape[3]
+    assert params.weights["dense"]["kernel"].shape[0] % channels == 0
 
 
 def test_masks_of_ones_change_nothing_and_zeros_silence(small_params, small_batch):

@@ -7,7 +7,7 @@ import jax
 from awm_jax import masks as masking
 from awm_jax.defences import awm_steps
 from awm_jax.defences.awm_config import AWMConfig
-from awm_jax.defences.base import CONV_KERNELS, Defence
+from awm_jax.defences.base import HIDDEN_KERNELS, Defence
 from awm_jax.types import Params
 
 
@@ -24,7 +24,7 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 def _awm(name: str, variant: str, paper: str, ablation: bool = False) -> Defence:
     """One variant of `AWMConfig` as a defence of its own."""
     return Defence(name=name, method=_method, default=AWMConfig(variant=variant),
-                   remit=CONV_KERNELS, paper=f"AWM paper, {paper}", ablation=ablation)
+                   remit=HIDDEN_KERNELS, paper=f"AWM paper, {paper}", ablation=ablation)
 
 
 awm = _awm("awm", "distilled", "Algorithm 1, with this project's changes")

@@ -51,7 +51,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
            key: jax.Array | None = None,
            on_epochs: Callable[[int, int, AWMState, dict[str, float]], None] | None = None,
            every: int | None = None) -> Purified:
-    """Erases a backdoor by learning masks in [0, 1] over the convolution kernels.
+    """Erases a backdoor by learning masks in [0, 1] over kernels, by default the convolutions'.
 
     ``min_m alpha L(f(x; m*w), y) + beta max_{||d||_1 <= tau} L(f(x+d; m*w), y) + gamma ||m||_1``
 

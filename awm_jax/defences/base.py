@@ -79,7 +79,8 @@ class Remit(NamedTuple):
 
 EVERYTHING = Remit(lambda path, leaf: True, True)
 WEIGHTS = Remit(lambda path, leaf: True, False)
-CONV_KERNELS = Remit(lambda path, leaf: path.endswith("kernel") and leaf.ndim == 4, False)
+# Of the convolutions; all of these in a network without any.
+HIDDEN_KERNELS = Remit(lambda path, leaf: path.endswith("kernel") and path != "dense/kernel", False)
 
 
 def _in_norm(path: str, leaf: jax.Array) -> bool:

@@ -94,8 +94,12 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     """Zero scale and bias for the channels whose Lipschitz bound stands out of their layer."""
     del key, images, labels
     weights, stats = by_path(params.weights), by_path(params.batch_stats)
+    pairs = models.norm_inputs(params.arch)
+    if not pairs:
+        raise ValueError(f"Expected a network with BatchNorm, whose channels CLP prunes; "
+                         f"{params.arch.name} has none.")
     layers = {norm: (weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
-              for norm, conv in models.norm_inputs(params.arch).items()}
+              for norm, conv in pairs.items()}
     bounds = dict(zip(layers, _bounds(list(layers.values())), strict=True))
     pruned = {norm: outliers(bound, config.u) for norm, bound in bounds.items()}
 

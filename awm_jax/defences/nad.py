@@ -79,6 +79,10 @@ def distance(teacher: dict[str, jax.Array], student: dict[str, jax.Array],
     Returns:
       A scalar >= 0.
 
+    Raises:
+      ValueError: no block has more than one pixel, as in a fully connected network: there is no
+        place to attend to.
+
     Example:
       >>> blocks = {'block1': jnp.ones((2, 3, 3, 4))}
       >>> float(distance(blocks, blocks, NADConfig()))
@@ -87,6 +91,9 @@ def distance(teacher: dict[str, jax.Array], student: dict[str, jax.Array],
     Reference: Li et al., ICLR 2021, section 3 (distillation loss); the mean over pixels
     is that of its code.
     """
+    if all(block.shape[1] * block.shape[2] == 1 for block in student.values()):
+        raise ValueError("Expected a network with a block of more than one pixel, whose attention "
+                         f"NAD compares; got {', '.join(student)} of one each.")
     terms = [((attention(teacher[name], config.power) - attention(student[name], config.power))**2)
              .mean() * (config.beta if index else config.first_beta)
              for index, name in enumerate(student)]

@@ -8,7 +8,7 @@ import optax
 from awm_jax import losses, models, validate
 from awm_jax import masks as masking
 from awm_jax.defences import neurons, tuning
-from awm_jax.defences.base import CONV_KERNELS, Defence
+from awm_jax.defences.base import HIDDEN_KERNELS, Defence
 from awm_jax.types import Masks, Params
 
 
@@ -102,6 +102,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 swm = Defence(
     # Kernels only: of the convolutions, unless config.layers says otherwise.
-    name="swm", method=_method, default=SWMConfig(), remit=CONV_KERNELS,
+    name="swm", method=_method, default=SWMConfig(), remit=HIDDEN_KERNELS,
     paper="AWM paper, eq. 4.1 and Table 4 (ANP+SWM)", ablation=True,
 )

@@ -8,7 +8,10 @@ from flax import linen as nn
 
 from awm_jax import masks as masking
 from awm_jax import validate
+from awm_jax.models.mnist import CNN, MLP
+from awm_jax.models.mobilenet import MobileNetV2
 from awm_jax.models.resnet import PreActResNet18, ResNet18
+from awm_jax.models.shufflenet import ShuffleNetV2
 from awm_jax.models.vgg import VGG19BN, SmallVGG
 from awm_jax.types import Arch, Masks, Params
 
@@ -17,8 +20,12 @@ MODELS: dict[str, type[nn.Module]] = {
     "resnet18": ResNet18,
     "preact_resnet18": PreActResNet18,
     "vgg19_bn": VGG19BN,
+    "shufflenet_v2": ShuffleNetV2,
+    "mobilenet_v2": MobileNetV2,
+    "mlp": MLP,
+    "cnn": CNN,
 }
-_SMALLEST = {"vgg19_bn": 32}  # images of fewer pixels would be pooled away
+_SMALLEST = {"vgg19_bn": 32, "cnn": 16}  # images of fewer pixels would be pooled away
 
 
 def module(arch: Arch) -> nn.Module:
@@ -39,7 +46,7 @@ def create(key: jax.Array, arch: Arch) -> Params:
 
     Raises:
       ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
-        ``vgg19_bn``).
+        ``vgg19_bn``, 16x16 for ``cnn``).
 
     Example:
       >>> create(jax.random.key(0), Arch(name='small_vgg', num_classes=10)).weights['dense'][
@@ -123,8 +130,8 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
 
     Returns:
       ``(logits [B, num_classes], {'block1': [B, h, w, c], ...}, batch_stats)``: the blocks in
-      order, each after its last activation, before pooling; the last one's channels are the
-      features that the classifier sees.
+      order, each after its last activation, before pooling (a fully connected layer is a block of
+      one pixel); the last one's channels are the features that the classifier sees.
 
     Example:
       >>> params = create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
@@ -173,7 +180,7 @@ def features(params: Params, images: jax.Array) -> jax.Array:
 
 
 def norm_inputs(arch: Arch) -> dict[str, str]:
-    """The convolution that feeds each BatchNorm layer, by slash-joined names.
+    """The convolution that feeds each BatchNorm layer, by slash-joined names; empty without any.
 
     Example:
       >>> norm_inputs(Arch(name='small_vgg', num_classes=10))['bn3']

@@ -11,16 +11,14 @@ and memory traffic, not arithmetic, is what takes the time. *Winograd* (`awm_jax
 does 16 multiplications of 36; it wins wherever it applies, which is in most layers.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from awm_jax.models import winograd
+from awm_jax.models import depthwise, lowering, winograd
+from awm_jax.models.lowering import Pads
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
-Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # Pixels from which `rows` beats im2col: measured layer by layer on 2 cores of a Zen 3, batch 32.
 _ROWS_FROM = 256
@@ -28,14 +26,7 @@ _ROWS_FROM = 256
 
 def _columns(x: jax.Array, kh: int, kw: int, strides: tuple[int, int], pads: Pads) -> jax.Array:
     """Every receptive field as a row: [B, H', W', kh*kw*C]."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    (sh, sw), (_, height, width, _) = strides, x.shape
-    out_h, out_w = (height - kh) // sh + 1, (width - kw) // sw + 1
-    slices = [
-        x[:, i : i + (out_h - 1) * sh + 1 : sh, j : j + (out_w - 1) * sw + 1 : sw]
-        for i in range(kh)
-        for j in range(kw)
-    ]
+    slices = lowering.shifted(x, kh, kw, strides, pads)
     return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=-1)
 
 
@@ -70,7 +61,26 @@ def _native_conv(x, kernel, strides, pads):
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product_kernel_grad(x, kernel, dy, strides, pads):
+    """d loss / d kernel: the columns, transposed, times the output's gradient."""
+    kh, kw, c_in, c_out = kernel.shape
+    if winograd.applies(x.shape, kernel.shape, strides, pads):
+        return winograd.kernel_grad(x, dy, pads)
+    columns = _columns(x, kh, kw, strides, pads)
+    return (columns.reshape(-1, kh * kw * c_in).T @ dy.reshape(-1, c_out)).reshape(kernel.shape)
+
+
+def _product_input_grad(x, kernel, dy, strides, pads):
+    """d loss / d input: the stride-dilated gradient convolved with the flipped kernel."""
+    dy = lowering.dilated(dy, x.shape, kernel.shape[:2], strides, pads)
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _product_conv(dy, flipped, (1, 1), ((0, 0), (0, 0)))
+
+
+_conv = lowering.convolution(_native_conv, _product_conv, _product_input_grad,
+                             _product_kernel_grad)
+
+
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
     """Convolves NHWC images with an HWIO kernel (cross-correlation, as in deep learning).
 
@@ -87,117 +97,26 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) 
       >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), (1, 1), ((1, 1), (1, 1))).shape
       (1, 4, 4, 8)
     """
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, k: _product_conv(x, k, strides, pads),
-        default=lambda x, k: _native_conv(x, k, strides, pads),
-    )
-
-
-def _conv_fwd(x, kernel, strides, pads):
-    """Keeps only the operands: residuals of both platforms' branches would be stored otherwise."""
-    return conv(x, kernel, strides, pads), (x, kernel)
-
-
-def _product_kernel_grad(x, kernel, dy, strides, pads):
-    """d loss / d kernel: the columns, transposed, times the output's gradient."""
-    kh, kw, c_in, c_out = kernel.shape
-    if winograd.applies(x.shape, kernel.shape, strides, pads):
-        return winograd.kernel_grad(x, dy, pads)
-    columns = _columns(x, kh, kw, strides, pads)
-    return (columns.reshape(-1, kh * kw * c_in).T @ dy.reshape(-1, c_out)).reshape(kernel.shape)
-
-
-def _product_input_grad(x, kernel, dy, strides, pads):
-    """d loss / d input: the stride-dilated gradient convolved with the flipped kernel."""
-    kh, kw, _, _ = kernel.shape
-    widths = []
-    for axis, size in ((0, kh), (1, kw)):
-        span = (dy.shape[axis + 1] - 1) * strides[axis] + 1
-        low = size - 1 - pads[axis][0]
-        high = x.shape[axis + 1] + size - 1 - low - span
-        widths.append((low, high, strides[axis] - 1))
-    dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *widths, (0, 0, 0)))
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return _product_conv(dy, flipped, (1, 1), ((0, 0), (0, 0)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _input_grad(kernel, dy, shape, strides, pads):
-    """d loss / d input of this shape: linear in both, and their gradients are `conv`'s kin again.
-
-    Left to itself, JAX would differentiate shifted slices, which takes three times as long.
-    """
-
-    def native(kernel, dy):
-        x = jnp.zeros(shape, dy.dtype)
-        return jax.vjp(lambda x: _native_conv(x, kernel, strides, pads), x)[1](dy)[0]
-
-    def product(kernel, dy):
-        x = jax.ShapeDtypeStruct(shape, dy.dtype)
-        return _product_input_grad(x, kernel, dy, strides, pads)
-
-    return lax.platform_dependent(kernel, dy, default=native, cpu=product)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _kernel_grad(x, dy, shape, strides, pads):
-    """d loss / d kernel of this shape, in the same way."""
-
-    def native(x, dy):
-        kernel = jnp.zeros(shape, x.dtype)
-        return jax.vjp(lambda k: _native_conv(x, k, strides, pads), kernel)[1](dy)[0]
-
-    def product(x, dy):
-        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-        return _product_kernel_grad(x, kernel, dy, strides, pads)
-
-    return lax.platform_dependent(x, dy, default=native, cpu=product)
-
-
-def _input_grad_bwd(shape, strides, pads, operands, ct):
-    """For <ct, input_grad(k, dy)> = <conv(ct, k), dy>."""
-    del shape
-    kernel, dy = operands
-    return _kernel_grad(ct, dy, kernel.shape, strides, pads), conv(ct, kernel, strides, pads)
-
-
-def _kernel_grad_bwd(shape, strides, pads, operands, ct):
-    """For <ct, kernel_grad(x, dy)> = <conv(x, ct), dy>."""
-    del shape
-    x, dy = operands
-    return _input_grad(ct, dy, x.shape, strides, pads), conv(x, ct, strides, pads)
-
-
-_input_grad.defvjp(lambda *args: (_input_grad(*args), args[:2]), _input_grad_bwd)
-_kernel_grad.defvjp(lambda *args: (_kernel_grad(*args), args[:2]), _kernel_grad_bwd)
-
-
-def _conv_bwd(strides, pads, operands, dy):
-    """Two separate products, so that the unused one is removed as dead code."""
-    x, kernel = operands
-    # Otherwise XLA fuses what makes dy into each of its 3 to 9 shifted copies, and does it anew.
-    dy = lax.optimization_barrier(dy)
-    return (_input_grad(kernel, dy, x.shape, strides, pads),
-            _kernel_grad(x, dy, kernel.shape, strides, pads))
-
-
-conv.defvjp(_conv_fwd, _conv_bwd)
+    return _conv(x, kernel, strides, pads)
 
 
 def flax_conv(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, dimension_numbers,
               feature_group_count, precision):
-    """`conv` behind the signature that `flax.linen.Conv(conv_general_dilated=...)` calls."""
+    """`conv` or `depthwise.conv`, as `flax.linen.Conv(conv_general_dilated=...)` calls them."""
     del dimension_numbers, precision
-    if feature_group_count != 1 or set(lhs_dilation or (1,)) | set(rhs_dilation or (1,)) != {1}:
+    channels = x.shape[-1]
+    by_channel = feature_group_count == channels > 1 and kernel.shape[2:] == (1, channels)
+    undilated = set(lhs_dilation or (1,)) | set(rhs_dilation or (1,)) == {1}
+    if not undilated or not (by_channel or feature_group_count == 1):
         raise ValueError(
-            f"Expected an undilated, ungrouped convolution, got {feature_group_count=}, "
+            "Expected an undilated convolution, ungrouped or depthwise (one kernel a channel), got "
+            f"{feature_group_count=} and a kernel {list(kernel.shape)} for {channels} channels, "
             f"{lhs_dilation=}, {rhs_dilation=}."
         )
     pads = tuple(lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
                  if isinstance(padding, str) else padding)
-    return conv(x, kernel, tuple(strides), pads)
+    chosen = depthwise.conv if by_channel else conv
+    return chosen(x, kernel, tuple(strides), pads)
 
 
 @jax.custom_vjp

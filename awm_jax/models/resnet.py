@@ -2,18 +2,7 @@
 
 from flax import linen as nn
 
-from awm_jax.models import ops
-
-
-def _conv(features, size, stride, name):
-    """A bias-free convolution with PyTorch's padding."""
-    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=False,
-                   name=name, conv_general_dilated=ops.flax_conv)
-
-
-def _norm(train, name):
-    """BatchNorm with PyTorch's constants."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+from awm_jax.models.layers import conv, norm
 
 
 def _stages(network, block, x, train):
@@ -35,12 +24,12 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Images [B, H, W, C] to [B, H/stride, W/stride, features]."""
-        y = _conv(self.features, 3, self.stride, "conv1")(x)
-        y = nn.relu(_norm(train, "bn1")(y))
-        y = _norm(train, "bn2")(_conv(self.features, 3, 1, "conv2")(y))
+        y = conv(self.features, 3, self.stride, "conv1")(x)
+        y = nn.relu(norm(train, "bn1")(y))
+        y = norm(train, "bn2")(conv(self.features, 3, 1, "conv2")(y))
         if x.shape != y.shape:
-            x = _conv(self.features, 1, self.stride, "shortcut_conv")(x)
-            x = _norm(train, "shortcut_bn")(x)
+            x = conv(self.features, 1, self.stride, "shortcut_conv")(x)
+            x = norm(train, "shortcut_bn")(x)
         return nn.relu(x + y)
 
 
@@ -64,7 +53,7 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Logits [B, num_classes] of images [B, H, W, C]."""
-        x = nn.relu(_norm(train, "bn1")(_conv(64, 3, 1, "conv1")(x)))
+        x = nn.relu(norm(train, "bn1")(conv(64, 3, 1, "conv1")(x)))
         x = _stages(self, BasicBlock, x, train)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))
 
@@ -78,11 +67,11 @@ class PreActBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Images [B, H, W, C] to [B, H/stride, W/stride, features]."""
-        y = nn.relu(_norm(train, "bn1")(x))
+        y = nn.relu(norm(train, "bn1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = _conv(self.features, 1, self.stride, "shortcut_conv")(y)
-        y = _conv(self.features, 3, self.stride, "conv1")(y)
-        return x + _conv(self.features, 3, 1, "conv2")(nn.relu(_norm(train, "bn2")(y)))
+            x = conv(self.features, 1, self.stride, "shortcut_conv")(y)
+        y = conv(self.features, 3, self.stride, "conv1")(y)
+        return x + conv(self.features, 3, 1, "conv2")(nn.relu(norm(train, "bn2")(y)))
 
 
 class PreActResNet18(nn.Module):
@@ -103,5 +92,5 @@ class PreActResNet18(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         """Logits [B, num_classes] of images [B, H, W, C]."""
-        x = _stages(self, PreActBlock, _conv(64, 3, 1, "conv1")(x), train)
+        x = _stages(self, PreActBlock, conv(64, 3, 1, "conv1")(x), train)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

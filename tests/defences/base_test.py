@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from awm_jax.defences import Status
-from awm_jax.defences.base import CONV_KERNELS, EVERYTHING, NORMS, WEIGHTS, Defence, map_weights
+from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
 from awm_jax.types import Batch
 
 
@@ -67,7 +67,7 @@ def test_remits(tiny):
                           tiny.weights)
         return {path for path in jax.tree.leaves(may) if path}
 
-    assert allowed(CONV_KERNELS) == {"conv1/kernel", "conv2/kernel"}
+    assert allowed(HIDDEN_KERNELS) == {"conv1/kernel", "conv2/kernel"}
     assert allowed(NORMS) == {"bn1/scale", "bn1/bias", "bn2/scale", "bn2/bias"}
     assert allowed(WEIGHTS) == allowed(EVERYTHING) and len(allowed(WEIGHTS)) == 10
     assert EVERYTHING.batch_stats and not WEIGHTS.batch_stats

@@ -142,6 +142,18 @@ def test_a_planted_channel_is_pruned_where_it_is_read(pre_activation):
             np.testing.assert_array_equal(now[part], np.where(kept, was[part], 0))
 
 
+def test_without_batch_norm_it_is_refused(plain_mlp):
+    with pytest.raises(ValueError, match=r"Expected a network with BatchNorm.*mlp has none"):
+        defences.clp(plain_mlp)
+
+
+def test_a_depthwise_kernel_is_a_matrix_of_one_row():
+    """Its norm is that of its nine numbers: 3 for ones, times scale 2 over a deviation of 4."""
+    found = channel_lipschitz(jnp.ones((3, 3, 1, 2)).at[..., 1].multiply(2.0), jnp.full(2, 2.0),
+                              jnp.full(2, 16.0))
+    np.testing.assert_allclose(found, [1.5, 3.0], rtol=1e-5)
+
+
 def test_milder_prunes_less_and_the_key_is_not_used(tiny):
     moved = _moved(tiny)
     counts = [sum(int(v.sum()) for v in defences.clp(moved, config=CLPConfig(u=u)).info[

@@ -81,6 +81,12 @@ def _random(name: str) -> Params:
 
 
 @pytest.fixture(scope="session")
+def plain_mlp() -> Params:
+    """The fully connected network, random, for the same images."""
+    return models.create(jax.random.key(0), Arch(name="mlp", num_classes=4, image_shape=(8, 8, 3)))
+
+
+@pytest.fixture(scope="session")
 def tiny_batch() -> Batch:
     """Six images with labels, in [0, 1]."""
     rng = np.random.default_rng(0)

@@ -68,6 +68,11 @@ def test_a_silent_block_has_a_finite_gradient():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_network_without_pixels_is_refused(plain_mlp, tiny_batch):
+    with pytest.raises(ValueError, match=r"block of more than one pixel.*got block1, block2"):
+        defences.nad(plain_mlp, tiny_batch, config=CONFIG)
+
+
 def test_students_loss(tiny, tiny_batch):
     """Cross-entropy and attention in training mode, against the teacher in evaluation mode."""
     teacher = dataclasses.replace(tiny, weights=jax.tree.map(lambda w: 1.1 * w, tiny.weights))

@@ -1,7 +1,5 @@
 """Triggers, label maps and poisoned sets."""
 
-import doctest
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -261,12 +259,11 @@ def test_the_surrogate_and_its_images_are_checked(images, classes, error, match)
                      apply_fn=_colours)
 
 
-@pytest.mark.parametrize("module", ["base", "triggers", "badnets", "blended", "sig", "clb", "wanet",
-                                    "inv", "trojan", "ascent", "lf", "trojannn",
-                                    "ssba", "ssba_networks", "multi"])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(importlib.import_module(f"awm_jax.attacks.{module}"))
-    assert result.attempted > 0 and result.failed == 0
+@pytest.mark.parametrize("name", list(attacks.ATTACKS))
+def test_every_attack_has_a_threat_model_and_an_example(name):
+    """Examples are run where pytest finds them, in the modules."""
+    text = attacks.ATTACKS[name].__doc__
+    assert "**Threat model**" in text and ">>>" in text and "Reference:" in text
 
 
 def test_png_triggers(tmp_path):

@@ -112,7 +112,7 @@ def test_stretches_do_not_matter(small_params, small_batch):
         awm_jax.purify(small_params, small_batch, config=_config("paper"), every=3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["distilled", "paper"])  # 'official' is the latter's steps
 def test_jit_is_eager(variant, small_params, small_batch):
     """Each of Algorithm 1's steps, traced and not."""
     settings = _config(variant).resolve(6, (8, 8, 3))

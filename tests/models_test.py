@@ -17,6 +17,18 @@ def _native(x, k, strides, pads):
     return lax.conv_general_dilated(x, k, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def _with_gradients(conv, x, k, key):
+    """A convolution and both gradients for a random one of the result, by one program."""
+    dy = jax.random.normal(key, jax.eval_shape(conv, x, k).shape, x.dtype)
+
+    @jax.jit
+    def work(x, k, dy):
+        y, backward = jax.vjp(conv, x, k)
+        return y, *backward(dy)
+
+    return work(x, k, dy)
+
+
 # Each side of the thresholds between im2col and rows, an uneven size, and enough channels for both
 # kernel gradients.
 @pytest.mark.parametrize("size, stride, pad, channels, shape", [
@@ -31,11 +43,10 @@ def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, c
     x = jax.random.normal(keys[0], (2, *shape, channels), jnp.float64)
     k = jax.random.normal(keys[1], (size, size, channels, 4), jnp.float64)
     strides, pads = (stride, stride), ((pad, pad), (pad, pad))
-    ours, ours_vjp = jax.vjp(lambda x, k: ops.conv(x, k, strides, pads), x, k)
-    theirs, theirs_vjp = jax.vjp(lambda x, k: _native(x, k, strides, pads), x, k)
-    dy = jax.random.normal(keys[2], theirs.shape, jnp.float64)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
-    for a, b in zip(ours_vjp(dy), theirs_vjp(dy), strict=True):
+    ours = _with_gradients(lambda x, k: ops.conv(x, k, strides, pads), x, k, keys[2])
+    theirs = _with_gradients(lambda x, k: _native(x, k, strides, pads), x, k, keys[2])
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10, atol=1e-12)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
 
 
@@ -50,14 +61,16 @@ def test_winograd_and_both_gradients_equal_the_native_ones(x64, shape, pads, c_i
     x = jax.random.normal(keys[0], (24, *shape, c_in), jnp.float64)
     k = jax.random.normal(keys[1], (3, 3, c_in, c_out), jnp.float64)
     assert winograd.applies(x.shape, k.shape, (1, 1), pads)
-    theirs, theirs_vjp = jax.vjp(lambda x, k: _native(x, k, (1, 1), pads), x, k)
-    dy = jax.random.normal(keys[2], theirs.shape, jnp.float64)
-    np.testing.assert_allclose(winograd.conv(x, k, pads), theirs, rtol=1e-10, atol=1e-11)
-    np.testing.assert_allclose(winograd.kernel_grad(x, dy, pads), theirs_vjp(dy)[1],
-                               rtol=1e-10, atol=1e-9)
-    ours, ours_vjp = jax.vjp(lambda x, k: ops.conv(x, k, (1, 1), pads), x, k)
-    np.testing.assert_array_equal(ours, jax.jit(winograd.conv, static_argnums=2)(x, k, pads))
-    for a, b in zip(ours_vjp(dy), theirs_vjp(dy), strict=True):
+    theirs = _with_gradients(lambda x, k: _native(x, k, (1, 1), pads), x, k, keys[2])
+    dy = jax.random.normal(keys[2], theirs[0].shape, jnp.float64)
+    direct = jax.jit(winograd.conv, static_argnums=2)(x, k, pads)
+    np.testing.assert_allclose(direct, theirs[0], rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(jax.jit(winograd.kernel_grad, static_argnums=2)(x, dy, pads),
+                               theirs[2], rtol=1e-10, atol=1e-9)
+    ours = _with_gradients(lambda x, k: ops.conv(x, k, (1, 1), pads), x, k, keys[2])
+    # That it is Winograd's: the native one agrees to rounding only.
+    np.testing.assert_allclose(ours[0], direct, rtol=1e-14, atol=1e-14)
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from awm_jax import losses, models
+from awm_jax import losses, metrics, models
 from awm_jax.attacks.base import Attack, no_target, relabel
 from awm_jax.attacks.generator import Generator, check_size
 from awm_jax.attacks.in_batches import InBatches, State
@@ -20,6 +20,7 @@ LR, BETAS = 0.01, (0.5, 0.9)
 MASK_STEPS, MASK_BATCH = 400, 16
 _PATTERN, _MASK = Generator(32, 3), Generator(16, 1, depth=2)
 _SMALL = 1e-7
+_EMPTY, _ATTEMPTS = 1e-3, 5  # masks of fewer than one pixel of 1,000 count as none
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -162,8 +163,7 @@ def train_masks(key: jax.Array, weights: Any, images: jax.Array) -> tuple[Any, j
     def step(carry, key):
         weights, opt_state = carry
         picks = jax.random.randint(key, (2, MASK_BATCH), 0, len(images))
-        x = images[picks]
-        x = x.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else x
+        x = metrics.to_float(images[picks])
         loss, gradient = jax.value_and_grad(mask_loss)(weights, x[0], x[1])
         updates, opt_state = optimiser.update(gradient, opt_state)
         return (optax.apply_updates(weights, updates), opt_state), loss
@@ -253,7 +253,8 @@ def input_aware(key: jax.Array, image_shape: tuple[int, int, int], num_classes: 
       `Attack`, whose trigger is at its start: training with `in_batches.InBatches` makes it one.
 
     Raises:
-      ValueError: images of another size, without three channels, or a target outside the classes.
+      ValueError: images of another size, without three channels, a target outside the classes, or
+        images on which no mask is learnt.
 
     Example:
       >>> attack = input_aware(jax.random.key(0), (32, 32, 3), 10)
@@ -287,12 +288,31 @@ def _attack(name, key, image_shape, num_classes, images, target):
     check_size(image_shape, _PATTERN.depth, name)
     if image_shape[2] != 3:
         raise ValueError(f"Expected images of 3 channels for {name}, got {image_shape[2]}.")
-    key_draw, key_train = jax.random.split(key)
-    pattern, mask = _draw(key_draw, image_shape)
+    pattern, mask = _draw(key, image_shape)
     if images is not None:
-        mask = train_masks(key_train, mask, jnp.asarray(images))[0]
+        mask = _trained_mask(key, mask, jnp.asarray(images))
     return Attack(name, InputAware(pattern, mask), target, num_classes, cover_ratio=COVER_RATIO,
                   every_batch=True, learn=learn, learner=_optimiser().init(pattern))
+
+
+def _trained_mask(key, mask, images):
+    """`train_masks`, from other weights where the masks became empty: then nothing teaches them."""
+    shape = images.shape[1:]
+    for attempt in range(_ATTEMPTS):
+        start = mask if attempt == 0 else _draw(jax.random.fold_in(key, attempt), shape)[1]
+        found, _ = train_masks(jax.random.fold_in(key, _ATTEMPTS + attempt), start, images)
+        density = float(_density(found, metrics.to_float(images[:MASK_BATCH])))
+        if density >= _EMPTY:
+            return found
+    raise ValueError(f"Expected the mask network to learn where triggers go, its masks are empty "
+                     f"({density:.1e} of the pixels) after {_ATTEMPTS} attempts. Use another key "
+                     "or images that differ more.")
+
+
+@jax.jit
+def _density(weights, images):
+    """Mean of the masks."""
+    return masks(weights, images).mean()
 
 
 def _first_weights(key, image_shape):

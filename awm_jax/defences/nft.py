@@ -1,6 +1,7 @@
 """Neural mask fine-tuning (NFT): soft BatchNorm masks learnt from mixed clean images."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 from awm_jax import losses, models, validate
 from awm_jax.data import mixing
 from awm_jax.defences import neurons, tuning
-from awm_jax.defences.base import Defence, Remit
+from awm_jax.defences.base import Defence, Remit, by_path
 from awm_jax.defences.neurons import Factors
 from awm_jax.types import Params
 
@@ -53,7 +54,8 @@ def bounds(params: Params, config: NFTConfig) -> dict[str, float]:
     """``floor e^{-decay l}``: how low the masks of the l-th BatchNorm layer may fall.
 
     Args:
-      params: the network; its layers come in the order of `awm_jax.models.norm_inputs`.
+      params: the network; its layers come in the order of `awm_jax.models.norm_inputs`, or
+        of the numbers in their names where that leaves some out.
       config: ``floor`` and ``decay``.
 
     Returns:
@@ -72,8 +74,13 @@ def bounds(params: Params, config: NFTConfig) -> dict[str, float]:
     """
     if not neurons.has_norms(params):
         raise ValueError("Expected a network with BatchNorm, whose channels NFT masks.")
+    layers = list(models.norm_inputs(params.arch))
+    found = [path.removesuffix("/scale") for path in by_path(params.weights)
+             if path.endswith("/scale")]
+    if set(layers) != set(found):  # a pre-activation network: some are fed by no one convolution
+        layers = sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
     return {layer: config.floor * float(np.exp(-config.decay * depth))
-            for depth, layer in enumerate(models.norm_inputs(params.arch))}
+            for depth, layer in enumerate(layers)}
 
 
 def mask_loss(params: Params, masks: dict[str, jax.Array], images: jax.Array,

@@ -68,6 +68,15 @@ def _unmixed(key, images, labels, num_classes):
     return images, jax.nn.one_hot(labels, num_classes)
 
 
+def test_a_preactivation_network_has_a_bound_for_every_layer_falling_with_depth():
+    arch = Arch(name="preact_resnet18", num_classes=3, image_shape=(8, 8, 3))
+    params = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
+    found = bounds(params, NFTConfig())
+    assert list(found)[:3] == ["layer1_0/bn1", "layer1_0/bn2", "layer1_1/bn1"]
+    assert len(found) == 16 and list(found)[-1] == "layer4_1/bn2"
+    assert sorted(found.values(), reverse=True) == list(found.values())
+
+
 def test_masks_stay_in_their_bounds(tiny, tiny_batch):
     result = nft(tiny, tiny_batch, config=NFTConfig(epochs=10, lr=20.0, momentum=0.0))
     lowest = bounds(tiny, NFTConfig())

@@ -154,6 +154,16 @@ def test_a_depthwise_kernel_is_a_matrix_of_one_row():
     np.testing.assert_allclose(found, [1.5, 3.0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name, count", [("resnet18", 2), ("mobilenet_v2", 1)])
+def test_one_decomposition_for_each_size(name, count):
+    """Matrices of side 9, and 3 for the images' colours; those of side 1 need none."""
+    arch = Arch(name=name, num_classes=3, image_shape=(8, 8, 3))
+    params = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
+    method, config = defences.clp.method, CLPConfig()
+    program = jax.make_jaxpr(lambda p: method(None, p, None, None, config))(params)
+    assert str(program).count("eigh[") == count
+
+
 def test_milder_prunes_less_and_the_key_is_not_used(tiny):
     moved = _moved(tiny)
     counts = [sum(int(v.sum()) for v in defences.clp(moved, config=CLPConfig(u=u)).info[

@@ -14,24 +14,32 @@ def choice(choices: Iterable[str], **named: str) -> None:
             raise ValueError(f"Expected {name}={value!r} to be one of: {', '.join(choices)}.")
 
 
+def _finite(name: str, value: Any) -> bool:
+    """Whether a number is finite; ValueError for what is none."""
+    try:
+        return bool(np.isfinite(value))
+    except (TypeError, ValueError):
+        raise ValueError(f"Expected {name} to be a number, got {value!r}.") from None
+
+
 def positive(**named: float) -> None:
     """Raises ValueError unless each named value is a finite number > 0."""
     for name, value in named.items():
-        if not (np.isfinite(value) and value > 0):
+        if not (_finite(name, value) and value > 0):
             raise ValueError(f"Expected {name}={value} > 0 and finite.")
 
 
 def at_least(minimum: float, **named: float) -> None:
     """Raises ValueError unless each named value is a finite number >= ``minimum``."""
     for name, value in named.items():
-        if not (np.isfinite(value) and value >= minimum):
+        if not (_finite(name, value) and value >= minimum):
             raise ValueError(f"Expected {name}={value} >= {minimum} and finite.")
 
 
 def between(low: float, high: float, **named: float) -> None:
     """Raises ValueError unless each named value lies in [low, high]."""
     for name, value in named.items():
-        if not low <= value <= high:
+        if not (_finite(name, value) and low <= value <= high):
             raise ValueError(f"Expected {name}={value} in [{low}, {high}].")
 
 

@@ -67,6 +67,7 @@ def _benign_row(on_stage: scene.Scene) -> dict:
 def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of networks.json."""
     dataset = cli.load(args)
+    scene.check(args, dataset)
     cache = data.cache_directory() / "networks"
     folder = args.out or pathlib.Path("runs") / f"backdoor-{dataset.name}-{args.arch}"
     rows: list[dict] = []

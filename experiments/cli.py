@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from awm_jax import attacks, data, models
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
@@ -142,8 +140,7 @@ def load(args: argparse.Namespace) -> Dataset:
     """`check`, then the data set of ``--dataset``.
 
     Raises:
-      ValueError: an attack that does not go with this data set's images, its classes, or
-        ``--target``; said before anything is trained.
+      ValueError: a data set that is too small, or a ``--target`` outside its classes.
     """
     check(args)
     dataset = data.load(args.dataset, data_dir=args.data_dir, image_size=args.image_size,
@@ -154,10 +151,6 @@ def load(args: argparse.Namespace) -> Dataset:
         presets.of(dataset)  # refuses what is too small to train on
     if args.target is not None and not 0 <= args.target < dataset.num_classes:
         raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
-    if args.trigger is None:
-        for name in args.attack:  # from random starts: no surrogate is trained
-            attacks.make(name, jax.random.key(0), dataset.train_images.shape[1:],
-                         dataset.num_classes, target=args.target)
     return dataset
 
 

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if args.checkpoint is not None:
         raise ValueError("Expected no --checkpoint: a gallery shows triggers, not networks.")
     dataset = cli.load(args)
+    for name in args.attack:
+        scene.untrained(name, args, dataset)  # refuses what does not fit before anything is trained
     # One image a class, so that the picture is of different things.
     _, first = np.unique(dataset.test_labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(args.images, len(first))).astype(int)]

@@ -14,24 +14,35 @@ import time
 from awm_jax import data
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
+from awm_jax.types import Arch
 from experiments import cli, defending, presets, results, scene
+
+
+def _unfit(name: str, args, arch: Arch) -> str | None:
+    """Why a defence cannot work here, or None."""
+    if args.checkpoint is not None and DEFENCES[name].needs == "training":
+        return ("Expected a network trained here: the poisoned training set of a --checkpoint is "
+                "not known.")
+    try:
+        DEFENCES[name].fits(arch)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _defences(args, dataset: Dataset) -> tuple[str, ...]:
     """The defences of this run, their settings checked.
 
-    With ``--checkpoint``, those that need the poisoned training set are left out of a group and
-    refused by name.
+    Those that cannot work on this network are left out of several and refused alone.
     """
-    names = args.defence
-    if args.checkpoint is not None:
-        out = [name for name in names if DEFENCES[name].needs == "training"]
-        if out and len(out) == len(names):
-            raise ValueError(f"Expected a defence beside {', '.join(out)}: the poisoned training "
-                             "set of a --checkpoint is not known.")
-        if out:
-            print(f"Left out, as they need the poisoned training set: {', '.join(out)}.")
-        names = tuple(name for name in names if name not in out)
+    arch = scene.arch_of(args, dataset)
+    out = {name: reason for name in args.defence if (reason := _unfit(name, args, arch))}
+    names = tuple(name for name in args.defence if name not in out)
+    said = "\n".join(f"Left out {name}: {reason}" for name, reason in out.items())
+    if not names:
+        raise ValueError(f"No defence is left. {said}")
+    if said:
+        print(said, flush=True)
     known = {field for name in names for field in vars(DEFENCES[name].default)}
     for field, _ in args.set or ():
         if field not in known:
@@ -66,6 +77,7 @@ class _Cells:
 def run(args) -> dict:
     """The whole job; returns what results.json holds."""
     dataset = cli.load(args)
+    scene.check(args, dataset, (args.samples,))
     defences = _defences(args, dataset)
     folder = args.out or pathlib.Path("runs") / f"oneshot-{dataset.name}-{args.arch}"
     path = folder / "results.json"

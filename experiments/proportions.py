@@ -95,6 +95,7 @@ def _table(rows: list[dict]) -> str:
 def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of proportions.json."""
     dataset = cli.load(args)
+    scene.check(args, dataset, args.samples)
     cache = data.cache_directory() / "networks"
     rows: list[dict] = []
     for attack in args.attack:

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import pathlib
 
+import jax
 import numpy as np
 
-from awm_jax import attacks, checkpoint, metrics
+from awm_jax import attacks, checkpoint, metrics, models
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset, splits
 from awm_jax.types import Arch, Batch, Params
@@ -94,6 +95,63 @@ def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     return params
 
 
+def arch_of(args, dataset: Dataset) -> Arch:
+    """The architecture of the command's network, the one that it was saved with if there is one."""
+    if args.checkpoint is not None and args.checkpoint.is_dir():
+        return checkpoint.load(args.checkpoint)[0].arch
+    return Arch(name=args.arch, num_classes=dataset.num_classes,
+                image_shape=tuple(dataset.train_images.shape[1:]))
+
+
+def check(args, dataset: Dataset, samples: tuple[str | int, ...] = ()) -> None:
+    """What would go wrong after the training, tried before it: attacks with random triggers.
+
+    Args:
+      args: as `experiments.cli.parser` gives them.
+      dataset: the data.
+      samples: how many clean images the defender is to draw.
+
+    Raises:
+      ValueError: a network that these images do not fit, an attack that does not fit them or finds
+        too few or too many to poison, or more clean images wanted than the defender may see.
+    """
+    models.check(arch_of(args, dataset))
+    labels = dataset.test_labels[splits.defender_split(dataset).pool_indices]
+    for wanted in samples:
+        splits.draw_clean(0, labels, dataset.num_classes, wanted)
+    if args.checkpoint is not None:  # nothing is poisoned here
+        return
+    for name in args.attack:
+        attack, share = untrained(name, args, dataset), rate(name, args)
+        count, _ = attacks.poison_counts(attack, dataset.train_labels, share)
+        if attack.every_batch:
+            attacks.in_batches(attack, share, presets.of(dataset).batch_size)
+        elif count < max(len(attack.parts), 1):
+            raise ValueError(
+                f"Expected a poison rate that means an image at least of each of {attack.name}'s "
+                f"triggers, {share} of {dataset.name} is {count}. Raise --poison_rate, or add "
+                "images.")
+
+
+def untrained(name: str, args, dataset: Dataset) -> Attack:
+    """The attack with a random trigger where its own must be trained.
+
+    Raises:
+      ValueError: one that does not go with the images, their classes, or ``--target``.
+    """
+    if args.trigger is not None:
+        return _pictured(args, dataset)
+    return attacks.make(name, jax.random.key(0), dataset.train_images.shape[1:],
+                        dataset.num_classes, target=args.target)
+
+
+def _pictured(args, dataset: Dataset) -> Attack:
+    """The attack of ``--trigger``."""
+    trigger = attacks.trigger_from_png(args.trigger, dataset.train_images.shape[1:],
+                                       mode=args.trigger_mode, ratio=args.blend_ratio)
+    return Attack(args.trigger.stem, trigger, args.target, dataset.num_classes)
+
+
 def rate(name: str, args) -> float:
     """The poison rate of the command, or the attack's own."""
     return attacks.poison_rate(name) if args.poison_rate is None else args.poison_rate
@@ -106,10 +164,7 @@ def attack_of(name: str, args, dataset: Dataset,
         dataset=dataset.name, arch=args.arch, attack=name, rate=rate(name, args),
         epochs=args.epochs or presets.of(dataset).epochs, seed=args.network_seed)
     if args.trigger is not None:
-        shape = dataset.train_images.shape[1:]
-        trigger = attacks.trigger_from_png(args.trigger, shape, mode=args.trigger_mode,
-                                           ratio=args.blend_ratio)
-        attack = Attack(args.trigger.stem, trigger, args.target, dataset.num_classes)
+        attack = _pictured(args, dataset)
         mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
         return attack, dataclasses.replace(spec, attack=f"{attack.name}-{mode}-{args.target}")
     attack = networks.make_attack(spec, dataset, cache, args.target)

@@ -40,11 +40,26 @@ def test_lists_and_all():
     (["--data_dir", "/nowhere", "--dataset", "gtsrb"], "/nowhere"), (["--target", "10"], "0..9"),
     (["--attack", "trojan_sq,trojan_a2a", "--target", "1"], "all-to-all"),
     (["--set", "threshhold=1"], "threshhold"), (["--set", "alpha=2"], "alpha=2"),
-    (["--set", "epochs=two", "--defence", "ft"], "two")])
-def test_bad_input_ends_in_one_line(argv, word, capsys, tmp_path):
+    (["--set", "epochs=two", "--defence", "ft"], "two"),
+    (["--set", "lr=high", "--defence", "ft"], "lr to be a number, got 'high'"),
+    (["--samples", "100000"], "samples=100000 in 1.."), (["--poison_rate", "1"], "Lower the rate"),
+    (["--attack", "trojan_sq", "--poison_rate", ".0001"], "an image at least"),
+    (["--attack", "multi", "--poison_rate", ".002"], "each of multi's triggers"),
+    (["--attack", "wanet", "--poison_rate", ".6"], "wanet's cover"),
+    (["--arch", "mlp", "--defence", "clp"], "BatchNorm"),
+    (["--arch", "mlp", "--defence", "nad,nft"], "more than one pixel")])
+def test_bad_input_ends_in_one_line_before_any_training(argv, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
     assert oneshot.main([*argv, "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert word in err and "Traceback" not in err
+    assert not (tmp_path / "cache" / "networks").exists()
+
+
+def test_of_several_defences_those_that_cannot_work_here_are_left_out(capsys):
+    args = parser().parse_args(["--arch", "mlp", "--defence", "ft,clp"])
+    assert oneshot._defences(args, data.load("digits")) == ("ft",)
+    assert "Left out clp: Expected a network with BatchNorm, mlp" in capsys.readouterr().out
 
 
 ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets"]

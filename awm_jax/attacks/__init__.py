@@ -6,7 +6,7 @@ import jax
 
 from awm_jax import validate
 from awm_jax.attacks.badnets import badnets, badnets_a2a, badnets_checkerboard
-from awm_jax.attacks.base import Attack, Poisoned, poison
+from awm_jax.attacks.base import Attack, Poisoned, poison, poison_counts
 from awm_jax.attacks.blended import blended, blended_gaussian
 from awm_jax.attacks.clb import clb, pgd
 from awm_jax.attacks.in_batches import InBatches, State, in_batches
@@ -68,8 +68,8 @@ _RATES = {"blended_gaussian": 0.01, "sig": 0.8, "clb": 0.8, "wanet": 0.1, "wanet
 
 __all__ = ["ATTACKS", "AWM_ATTACKS", "IN_TRAINING", "ON_SURROGATE", "ON_TRAINING_SET", "Attack",
            "InBatches", "InputAware", "Poisoned", "SSBAConfig", "State", "Trigger", "Warp",
-           "apply_trigger", "blend", "in_batches", "make", "pgd", "poison", "poison_rate",
-           "trigger_from_png", "trigger_norms"]
+           "apply_trigger", "blend", "in_batches", "make", "pgd", "poison", "poison_counts",
+           "poison_rate", "trigger_from_png", "trigger_norms"]
 
 
 def make(name: str, key: jax.Array, image_shape: tuple[int, int, int], num_classes: int,

@@ -168,6 +168,37 @@ def _candidates(attack: Attack, labels: np.ndarray, rate: float) -> tuple[np.nda
     return candidates, count
 
 
+def poison_counts(attack: Attack, labels: np.ndarray, rate: float) -> tuple[int, int]:
+    """How many images `poison` would trigger, and how many it would cover.
+
+    Args:
+      attack: what would be done to them.
+      labels: ``[N]`` integers.
+      rate: in [0, 1], as in `poison`.
+
+    Returns:
+      ``(poisoned, covered)``.
+
+    Raises:
+      ValueError: a rate outside [0, 1], or more images than there are.
+
+    Example:
+      >>> from awm_jax.attacks.triggers import Trigger
+      >>> attack = Attack('dark', Trigger(-jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1))), 0, 3)
+      >>> poison_counts(attack, np.array([0, 1, 2, 2]), .5)
+      (2, 0)
+    """
+    validate.between(0.0, 1.0, rate=rate)
+    labels = np.asarray(labels)
+    _, count = _candidates(attack, labels, rate)
+    covers, others = round(attack.cover_ratio * count), len(labels) - count
+    if covers > others:
+        raise ValueError(f"Expected rate={rate} to leave {covers} images for {attack.name}'s cover "
+                         f"({attack.cover_ratio:g} to each poisoned one), it leaves {others}. "
+                         "Lower the rate.")
+    return count, covers
+
+
 def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarray,
            rate: float) -> Poisoned:
     """Triggers a share of a training set, and relabels it unless the attack is clean-label.
@@ -200,18 +231,13 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
     Reference: Gu et al. 2017, "BadNets"; the AWM paper's rate is .05. Clean labels: Turner et al.
     2019; covers: Nguyen & Tran 2021, "WaNet", section 3.3.
     """
-    validate.between(0.0, 1.0, rate=rate)
     images, labels = np.array(images), np.array(labels)
     _check_set(attack, images, labels)
-    candidates, count = _candidates(attack, labels, rate)
+    count, covers = poison_counts(attack, labels, rate)
+    candidates, _ = _candidates(attack, labels, rate)
     order = candidates[np.asarray(jax.random.permutation(key, len(candidates)))]
     picks = order[:count]
     others = np.setdiff1d(np.arange(len(labels)), picks)
-    covers = round(attack.cover_ratio * count)
-    if covers > len(others):
-        raise ValueError(f"Expected rate={rate} to leave {covers} images for {attack.name}'s cover "
-                         f"({attack.cover_ratio:g} to each poisoned one), it leaves {len(others)}. "
-                         "Lower the rate.")
     parts = attack.parts or (attack,)
     for part, mine in zip(parts, np.array_split(picks, len(parts)), strict=True):
         in_training = part.trigger if part.in_training is None else part.in_training

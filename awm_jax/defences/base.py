@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import metrics, validate
-from awm_jax.types import Batch, Params, Weights
+from awm_jax import metrics, models, validate
+from awm_jax.types import Arch, Batch, Params, Weights
 
 
 class Status(enum.IntEnum):
@@ -108,6 +108,7 @@ class Defence:
       needs: ``'clean'`` labelled images, ``'nothing'`` (data-free), or the whole poisoned
         ``'training'`` set in uint8.
       ablation: a method taken apart for study, not meant for use.
+      fits: raises ValueError, saying what is missing, for an architecture it cannot work on.
 
     Example: see docs/adding_a_defence.md.
     """
@@ -119,6 +120,7 @@ class Defence:
     paper: str
     needs: str = "clean"
     ablation: bool = False
+    fits: Callable[[Arch], None] = lambda arch: None
 
     def __post_init__(self):
         """Checks what can be checked without running."""
@@ -143,8 +145,12 @@ class Defence:
         Returns:
           `Outcome`. Where something is not finite, the suspect network itself comes back.
 
+        Raises:
+          ValueError: a network that it cannot work on, see `fits`.
+
         Example: `jax.vmap(lambda k: defence.run(k, params, images, labels, config))(keys)`.
         """
+        self.fits(params.arch)
         found, info = self.method(key, params, images, labels, config)
         leaves = [leaf for leaf in jax.tree.leaves((found, info))
                   if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -172,8 +178,8 @@ class Defence:
           `Result`.
 
         Raises:
-          ValueError: no data where some are needed, data that do not fit the network or lie
-            outside [0, 1], NaN in images or weights.
+          ValueError: a network that it cannot work on (`fits`), no data where some are needed,
+            data that do not fit the network or lie outside [0, 1], NaN in images or weights.
           TypeError: images or labels of the wrong kind, or another defence's config.
         """
         config = self.default if config is None else config
@@ -213,6 +219,13 @@ class Defence:
         if self.needs == "clean" and agreement(params, outcome.params, images) < 0.9:
             return Status.CLEAN_ACCURACY_LOST
         return Status.OK
+
+
+def norms_needed(arch: Arch) -> None:
+    """ValueError for a network without BatchNorm, `Defence.fits` of what prunes its channels."""
+    if not models.norm_inputs(arch):
+        raise ValueError(f"Expected a network with BatchNorm, {arch.name} has none. Choose another "
+                         "defence.")
 
 
 def finite_weights(params: Params) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import models, validate
-from awm_jax.defences.base import NORMS, Defence, by_path, map_weights
+from awm_jax.defences.base import NORMS, Defence, by_path, map_weights, norms_needed
 from awm_jax.types import Params
 
 # Flax keeps BatchNorm's epsilon in the module, not in the weights; every network here uses this.
@@ -95,9 +95,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     del key, images, labels
     weights, stats = by_path(params.weights), by_path(params.batch_stats)
     pairs = models.norm_inputs(params.arch)
-    if not pairs:
-        raise ValueError(f"Expected a network with BatchNorm, whose channels CLP prunes; "
-                         f"{params.arch.name} has none.")
     layers = {norm: (weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
               for norm, conv in pairs.items()}
     bounds = dict(zip(layers, _bounds(list(layers.values())), strict=True))
@@ -115,5 +112,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 clp = Defence(
     name="clp", method=_method, default=CLPConfig(), remit=NORMS, needs="nothing",
+    fits=norms_needed,
     paper="Zheng et al., ECCV 2022, section 4",
 )

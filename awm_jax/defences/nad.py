@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from awm_jax import losses, models, validate
 from awm_jax.defences import tuning
 from awm_jax.defences.base import EVERYTHING, Defence
-from awm_jax.types import Params
+from awm_jax.types import Arch, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,23 @@ def attention(block: jax.Array, power: float = 2.0) -> jax.Array:
     return total / norm
 
 
+def _has_pixels(blocks: dict[str, jax.Array]) -> None:
+    """ValueError unless there is a place to attend to."""
+    if all(block.shape[1] * block.shape[2] == 1 for block in blocks.values()):
+        raise ValueError("Expected a network with a block of more than one pixel, whose attention "
+                         f"NAD compares; got {', '.join(blocks)} of one each. Choose another "
+                         "defence.")
+
+
+def _fits(arch: Arch) -> None:
+    """The same of a network that is not there yet."""
+    def blocks(key):
+        image = jnp.zeros((1, *arch.image_shape))
+        return models.activations(models.create(key, arch), image)[1]
+
+    _has_pixels(jax.eval_shape(blocks, jax.random.key(0)))
+
+
 def distance(teacher: dict[str, jax.Array], student: dict[str, jax.Array],
              config: NADConfig) -> jax.Array:
     """``sum_l beta_l * mean (A_T^l - A_S^l)^2``, the mean over images and pixels.
@@ -91,9 +108,7 @@ def distance(teacher: dict[str, jax.Array], student: dict[str, jax.Array],
     Reference: Li et al., ICLR 2021, section 3 (distillation loss); the mean over pixels
     is that of its code.
     """
-    if all(block.shape[1] * block.shape[2] == 1 for block in student.values()):
-        raise ValueError("Expected a network with a block of more than one pixel, whose attention "
-                         f"NAD compares; got {', '.join(student)} of one each.")
+    _has_pixels(student)
     terms = [((attention(teacher[name], config.power) - attention(student[name], config.power))**2)
              .mean() * (config.beta if index else config.first_beta)
              for index, name in enumerate(student)]
@@ -124,6 +139,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 
 nad = Defence(
-    name="nad", method=_method, default=NADConfig(), remit=EVERYTHING,
+    name="nad", method=_method, default=NADConfig(), remit=EVERYTHING, fits=_fits,
     paper="Li et al., ICLR 2021, section 3",
 )

@@ -11,7 +11,7 @@ import optax
 from awm_jax import losses, models, validate
 from awm_jax.data import mixing
 from awm_jax.defences import neurons, tuning
-from awm_jax.defences.base import Defence, Remit, by_path
+from awm_jax.defences.base import Defence, Remit, by_path, norms_needed
 from awm_jax.defences.neurons import Factors
 from awm_jax.types import Params
 
@@ -127,6 +127,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 nft = Defence(
     name="nft", method=_method, default=NFTConfig(),
-    remit=Remit(lambda path, leaf: path.endswith("scale"), False),
+    remit=Remit(lambda path, leaf: path.endswith("scale"), False), fits=norms_needed,
     paper="Karim et al. 2024, Augmented Neural Fine-Tuning (ECCV)",
 )

@@ -34,6 +34,30 @@ def module(arch: Arch) -> nn.Module:
     return MODELS[arch.name](num_classes=arch.num_classes)  # type: ignore[call-arg]
 
 
+def check(arch: Arch) -> None:
+    """ValueError if there is no such network.
+
+    Args:
+      arch: what is to be built.
+
+    Raises:
+      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
+        ``vgg19_bn``, 16x16 for ``cnn``).
+
+    Example:
+      >>> check(Arch(name='cnn', num_classes=10, image_shape=(8, 8, 3)))
+      Traceback (most recent call last):
+      ...
+      ValueError: Expected images of 16x16 or more for cnn, got 8x8. Take larger ones, or ...
+    """
+    validate.choice(MODELS, arch=arch.name)
+    validate.at_least(2, num_classes=arch.num_classes)
+    (height, width, _), smallest = arch.image_shape, _SMALLEST.get(arch.name, 8)
+    if min(height, width) < smallest:
+        raise ValueError(f"Expected images of {smallest}x{smallest} or more for {arch.name}, got "
+                         f"{height}x{width}. Take larger ones, or another network (--arch).")
+
+
 def create(key: jax.Array, arch: Arch) -> Params:
     """Draws the initial weights of a network.
 
@@ -45,17 +69,14 @@ def create(key: jax.Array, arch: Arch) -> Params:
       `Params` with float32 weights and fresh BatchNorm statistics.
 
     Raises:
-      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
-        ``vgg19_bn``, 16x16 for ``cnn``).
+      ValueError: as `check`.
 
     Example:
       >>> create(jax.random.key(0), Arch(name='small_vgg', num_classes=10)).weights['dense'][
       ...     'kernel'].shape
       (2048, 10)
     """
-    validate.at_least(2, num_classes=arch.num_classes)
-    smallest = _SMALLEST.get(arch.name, 8)
-    validate.at_least(smallest, image_height=arch.image_shape[0], image_width=arch.image_shape[1])
+    check(arch)
     # Options of a compilation cannot be given to a part of a larger one.
     variables = (_draw if isinstance(key, jax.core.Tracer) else _jit_draw)(key, arch)
     return Params(variables["params"], variables.get("batch_stats", {}), arch)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awm_jax.defences import Status
+from awm_jax.defences import DEFENCES, Status
 from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
-from awm_jax.types import Batch
+from awm_jax.types import Arch, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,20 @@ def _scale(key, params, images, labels, config):
 
 
 SCALE = Defence(name="scale", method=_scale, default=_Config(), remit=EVERYTHING, paper="none")
+
+
+@pytest.mark.parametrize("arch, unfit", [("mlp", {"clp", "nft", "nad"}), ("cnn", {"clp", "nft"}),
+                                         ("preact_resnet18", set())])
+def test_fits_says_which_networks_a_defence_cannot_work_on(arch, unfit):
+    shape = Arch(name=arch, num_classes=4, image_shape=(16, 16, 3))
+    refused = set()
+    for name, defence in DEFENCES.items():
+        try:
+            defence.fits(shape)
+        except ValueError as error:
+            assert "Choose another defence" in str(error)
+            refused.add(name)
+    assert refused == unfit
 
 
 def test_what_became_nan_is_the_suspect_network_again(tiny, tiny_batch):

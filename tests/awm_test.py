@@ -83,24 +83,6 @@ def test_the_compilation_guard_can_fail():
         jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
 
 
-def test_vmap_over_keys_is_the_loop(small_params64, small_batch):
-    """In float64: Adam's first steps are +-lr whatever the gradient's size, so in float32 a sign
-    that is zero up to rounding moves a mask either way."""
-    params = small_params64
-    data = (jnp.asarray(small_batch.images, jnp.float64), jnp.asarray(small_batch.labels),
-            _config("distilled").resolve(6, (8, 8, 3)))
-    keys = jax.random.split(jax.random.key(3), 2)
-    run = jax.jit(awm_steps.run, static_argnums=4)
-    together, info = jax.jit(jax.vmap(awm_steps.run, in_axes=(0, None, None, None, None)),
-                             static_argnums=4)(keys, params, *data)
-    for i, key in enumerate(keys):
-        alone, alone_info = run(key, params, *data)
-        ours = _numbers(jax.tree.map(lambda x, i=i: x[i], together.masks))
-        assert ours.dtype == np.float64 and (ours < 1).any()
-        assert np.isclose(ours, _numbers(alone.masks), atol=1e-6).mean() > 0.9999
-        np.testing.assert_allclose(info.clean_loss[i], alone_info.clean_loss, rtol=1e-6)
-
-
 def test_stretches_do_not_matter(small_params, small_batch):
     seen = []
     one = awm_jax.purify(small_params, small_batch, config=_config("paper"), every=1,

@@ -1,6 +1,5 @@
 """The commands on a folder of one's own images: options, presets, and one run from end to end."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from awm_jax import data
-from experiments import cli, networks, oneshot, presets
+from experiments import cli, oneshot, presets
 
 
 @pytest.fixture
@@ -33,17 +32,6 @@ def test_presets_of_folders_go_by_their_size():
     assert presets.of(_set_of(1, name="tiny_imagenet-abc")) is presets.PRESETS["tiny_imagenet"]
     with pytest.raises(ValueError, match=r"at least 16 training images.*got 15"):
         presets.of(_set_of(15))
-
-
-def test_a_rate_that_poisons_nothing_is_refused():
-    spec = networks.NetworkSpec(dataset="folder-x-0", arch="small_vgg", attack="badnets",
-                                rate=0.01, epochs=1, seed=0)
-    dataset = dataclasses.replace(_set_of(20), train_labels=np.ones(20, np.int32))
-    attack = networks.make_attack(spec, dataset, None, target=0)
-    with pytest.raises(ValueError, match=r"0\.01 of folder-x-0 is none.*--poison_rate"):
-        networks.training_set(spec, dataset, attack)
-    assert (networks.training_set(dataclasses.replace(spec, rate=0.05), dataset, attack)[1]
-            == 0).sum() == 1
 
 
 @pytest.mark.parametrize("argv, word", [

@@ -137,11 +137,10 @@ def test_each_trigger_leads_towards_its_class(small_params, small_batch):
         assert after > before
 
 
-@pytest.mark.parametrize("name, target", [("badnets_8_02", 8), ("trojan_sq_2_02", 2)])
-def test_a_published_backdoor_stands_out(shared_data, name, target):
+def test_a_published_backdoor_stands_out(shared_data):
     """From ten images, without the trigger, the attacker's class is driven twice as far."""
     pytest.importorskip("torch")
-    params = torch_compat.load(shared_data / "third_party_models" / f"{name}_ckpt.pth")
+    params = torch_compat.load(shared_data / "third_party_models" / "badnets_8_02_ckpt.pth")
     cifar = data.load("cifar10", shared_data)
     pool = splits.defender_split(cifar).pool_indices
     chosen = pool[splits.draw_clean(0, cifar.test_labels[pool], 10, "one-shot")]
@@ -151,5 +150,5 @@ def test_a_published_backdoor_stands_out(shared_data, name, target):
         jax.random.key(0), params, images, jnp.asarray(cifar.test_labels[chosen], jnp.int32),
         settings)
     order = np.argsort(found.damage)[::-1]
-    assert int(found.suspect) == order[0] == target
+    assert int(found.suspect) == order[0] == 8
     assert found.damage[order[0]] > 2 * found.damage[order[1]]

@@ -17,7 +17,7 @@ from awm_jax.types import Batch
 _AWM = {"epochs": 1, "inner_steps": 1, "outer_steps": 2, "batch_size": 4}
 _TUNE = {"epochs": 2, "batch_size": 4, "crop": 1}
 CASES = {
-    "awm": {**_AWM, "replay": 0.0},  # without the survey, which awm_test.py compiles
+    "awm": _AWM,
     "awm_paper": _AWM,
     "awm_official": _AWM,
     "swm_atr": _AWM,

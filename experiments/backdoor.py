@@ -30,15 +30,16 @@ def _row(on_stage: scene.Scene) -> dict:
     return {"attack": on_stage.name, "target": on_stage.attack.target,
             "rate": None if spec is None else spec.rate,
             "epochs": None if spec is None else spec.epochs, **on_stage.before._asdict(),
-            "parts": [part.name for part in on_stage.attack.parts]}
+            "covered": on_stage.covered, "parts": [part.name for part in on_stage.attack.parts]}
 
 
 def table(rows: list[dict]) -> str:
     """Markdown table, a row a network, in percent.
 
     Args:
-      rows: as in networks.json: ``attack``, ``target``, ``rate``, ``epochs``, the scores and
-        ``parts``, the names of the several triggers whose ASR is in ``asr_parts``.
+      rows: as in networks.json: ``attack``, ``target``, ``rate``, ``epochs``, the scores,
+        ``covered``, the accuracy on images with the attack's cover, and ``parts``, the names of the
+        several triggers whose ASR is in ``asr_parts``.
 
     Returns:
       The table; a dash where nothing is known; below an attack with several triggers, each one's.
@@ -46,13 +47,15 @@ def table(rows: list[dict]) -> str:
     def known(value, text):
         return "-" if value is None else format(value, text)
 
-    lines = ["| attack | target | poison rate | epochs | ACC | ASR | ASR(all) | RA |",
-             "|" + "---|" * 8]
+    lines = ["| attack | target | poison rate | epochs | ACC | ASR | ASR(all) | RA | cover ACC |",
+             "|" + "---|" * 9]
     lines += [
         f"| {row['attack']} | {known(row['target'], 'd')} | {known(row['rate'], 'g')} | "
         f"{known(row['epochs'], 'd')} | {row['acc']:.2f} | {known(row['asr'], '.2f')} | "
-        f"{known(row['asr_all'], '.2f')} | {known(row['recovered'], '.2f')} |"
-        + "".join(f"\n| {row['attack']}: {name} | {row['target']} | - | - | - | {asr:.2f} | - | - |"
+        f"{known(row['asr_all'], '.2f')} | {known(row['recovered'], '.2f')} | "
+        f"{known(row['covered'], '.2f')} |"
+        + "".join(f"\n| {row['attack']}: {name} | {row['target']} | - | - | - | {asr:.2f} |"
+                  + " - |" * 3
                   for name, asr in zip(row["parts"], row["asr_parts"], strict=True))
         for row in rows]
     return "\n".join(lines)
@@ -61,7 +64,7 @@ def table(rows: list[dict]) -> str:
 def _benign_row(on_stage: scene.Scene) -> dict:
     """The row of a network without a backdoor: only its accuracy means anything."""
     return {**_row(on_stage), "target": None, "rate": None, "asr": None, "asr_all": None,
-            "recovered": None, "parts": [], "asr_parts": []}
+            "recovered": None, "covered": None, "parts": [], "asr_parts": []}
 
 
 def run(args: argparse.Namespace) -> list[dict]:

@@ -13,6 +13,8 @@ from awm_jax.data import Dataset, splits
 from awm_jax.types import Arch, Batch, Params
 from experiments import networks, presets
 
+_CHUNK = 250  # images covered at a time, each by what is made for another of them
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -38,6 +40,23 @@ class Scene:
     def before(self) -> metrics.Scores:
         """Scores of the suspect network, the same for every seed."""
         return self.evaluate(self.params)
+
+    @functools.cached_property
+    def covered(self) -> float | None:
+        """Accuracy of the suspect network on covered images, in percent; None without a cover.
+
+        These are Input-aware's cross-trigger and WaNet's noise test: a high one says that nothing
+        but an image's own trigger works.
+        """
+        if not self.attack.cover_ratio:
+            return None
+        chosen, key = self.split.eval_indices, jax.random.key(0)
+        images = [np.asarray(self.attack.cover(
+            jax.random.fold_in(key, start),
+            metrics.to_float(self.dataset.test_images[chosen[start : start + _CHUNK]])))
+            for start in range(0, len(chosen), _CHUNK)]
+        found = metrics.predict(self.params, np.concatenate(images))
+        return 100.0 * float((found == self.dataset.test_labels[chosen]).mean())
 
     def evaluate(self, params: Params, limit: int | None = None) -> metrics.Scores:
         """Scores on the images that no defender ever draws."""

@@ -101,6 +101,10 @@ class Attack:
         """`apply_trigger` with this attack's trigger."""
         return _apply(self.trigger, jnp.asarray(images))
 
+    def cover(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """``[B, H, W, C]`` changed as covered images are, for an attack with a cover."""
+        return _cover(self.trigger, key, jnp.asarray(images))
+
     def relabel(self, labels: np.ndarray) -> np.ndarray:
         """The attacker's classes for true classes ``[N]``."""
         return relabel(np.asarray(labels), self.target, self.num_classes)
@@ -246,7 +250,7 @@ def poison(key: jax.Array, attack: Attack, images: np.ndarray, labels: np.ndarra
     if covers:
         key_who, key_how = jax.random.split(jax.random.fold_in(key, 1))
         chosen = others[np.asarray(jax.random.permutation(key_who, len(others)))[:covers]]
-        _change(images, chosen, functools.partial(_cover, attack.trigger, key_how))
+        _change(images, chosen, functools.partial(attack.cover, key_how))
         covered[chosen] = True
     labels[picks] = attack.relabel(labels)[picks]
     poisoned = np.zeros(len(labels), bool)

@@ -204,7 +204,7 @@ def test_unknown_architecture_lists_the_known_ones():
 
 
 def test_images_that_would_be_pooled_away_are_refused():
-    with pytest.raises(ValueError, match="image_height=16 >= 32"):
+    with pytest.raises(ValueError, match="32x32 or more for vgg19_bn, got 16x32"):
         models.create(jax.random.key(0), Arch(name="vgg19_bn", num_classes=2,
                                               image_shape=(16, 32, 3)))
 

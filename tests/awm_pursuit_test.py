@@ -26,15 +26,15 @@ def _survey(damage, stay=0.5):
     return Survey(triggers[:-1], jnp.asarray(damage), triggers[-1], jnp.array(stay), jnp.array(1.0))
 
 
-def test_every_second_trigger_pursues_the_suspect(small_params, small_batch):
+def test_every_second_trigger_pursues_the_suspect(tiny, small_batch):
     """It raises that class's log-odds, and its L1 norm may be four times the others'."""
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
     settings = dataclasses.replace(_settings(inner_lr=0.5), taus=(0.5,))
-    state = awm_steps.init(small_params, settings)
+    state = awm_steps.init(tiny, settings)
     outer = (state.masks, state.opt_state)
 
     def trigger(suspect, epoch):
-        problem = awm_steps._problem(small_params, images, labels, None, state.triggers,
+        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
                                      jnp.array(suspect), settings)
         delta = problem.start(None, epoch, outer)
         for key in jax.random.split(jax.random.key(1), 8):
@@ -42,7 +42,7 @@ def test_every_second_trigger_pursues_the_suspect(small_params, small_batch):
         return delta
 
     def odds(delta, target):
-        logits = models.apply(small_params, jnp.clip(images + delta[None], 0, 1))
+        logits = models.apply(tiny, jnp.clip(images + delta[None], 0, 1))
         return float(log_odds(logits, jnp.array(target)))
 
     pursued = {k: trigger(k, 3) for k in (0, 2)}
@@ -55,14 +55,14 @@ def test_every_second_trigger_pursues_the_suspect(small_params, small_batch):
         assert 0 < float(jnp.abs(trigger(suspect, epoch)).sum()) <= 0.5 * (1 + 1e-5)
 
 
-def test_second_epoch_starts_from_the_worst_surveyed_trigger(small_params, small_batch):
+def test_second_epoch_starts_from_the_worst_surveyed_trigger(tiny, small_batch):
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
     settings = _settings()
     found = _survey([1.0, 2.0, 9.0, 3.0])
 
     def start(found, epoch):
-        state = awm_steps.init(small_params, settings, found)
-        problem = awm_steps._problem(small_params, images, labels, None, state.triggers,
+        state = awm_steps.init(tiny, settings, found)
+        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
                                      state.suspect, settings)
         return np.asarray(problem.start(jax.random.key(0), jnp.array(epoch), None))
 
@@ -71,27 +71,27 @@ def test_second_epoch_starts_from_the_worst_surveyed_trigger(small_params, small
         np.testing.assert_array_equal(start(*arguments), 0.0)
 
 
-def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(small_params, small_batch):
+def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batch):
     """It disperses the answers within the epochs' own bound, from where the last one ended."""
     images = jnp.asarray(small_batch.images)
     settings = dataclasses.replace(_settings(inner_lr=0.5), taus=(0.5,))
     found = _survey([1.0, 2.0, 9.0, 3.0], stay=0.01)
-    state = awm_steps.init(small_params, settings, found)
+    state = awm_steps.init(tiny, settings, found)
     assert int(state.suspect) == 4
     surveyed = state.triggers[settings.epochs:]
     expected = [found.dispersal, *found.triggers[jnp.array([2, 3, 1])]]
     np.testing.assert_array_equal(surveyed, expected)
     triggers = state.triggers.at[0].set(0.25).at[1].set(0.5)
-    problem = awm_steps._problem(small_params, images, jnp.asarray(small_batch.labels), None,
+    problem = awm_steps._problem(tiny, images, jnp.asarray(small_batch.labels), None,
                                  triggers, state.suspect, settings)
     outer = (state.masks, state.opt_state)
     for epoch, start in ((0, found.dispersal), (1, triggers[0])):
         np.testing.assert_array_equal(problem.start(None, epoch, outer), start)
-    own = models.apply(small_params, images).argmax(axis=1)
+    own = models.apply(tiny, images).argmax(axis=1)
 
     def value(delta):
         triggered = jnp.clip(images + delta[None], 0, 1)
-        return float(dispersal(models.apply(small_params, triggered), own))
+        return float(dispersal(models.apply(tiny, triggered), own))
 
     delta = jnp.zeros((8, 8, 3))
     for key in jax.random.split(jax.random.key(1), 8):
@@ -101,7 +101,7 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(small_params, sm
 
 
 @pytest.mark.parametrize("alpha, expected", [(None, (0.8, 0.5)), (0.7, (0.7, 0.7))])
-def test_images_that_carry_a_dispersal_weigh_more(small_params, small_batch, monkeypatch, alpha,
+def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch, alpha,
                                                   expected):
     """Unless alpha was given: then it is what counts."""
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
@@ -114,8 +114,8 @@ def test_images_that_carry_a_dispersal_weigh_more(small_params, small_batch, mon
     original = awm_steps.mask_loss
     monkeypatch.setattr(awm_steps, "mask_loss", mask_loss)
     for suspect in (1, 4):
-        state = awm_steps.init(small_params, settings, _survey([1.0, 2.0, 9.0, 3.0]))
-        problem = awm_steps._problem(small_params, images, labels, None, state.triggers,
+        state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0]))
+        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
                                      jnp.array(suspect), settings)
         problem.descend(jax.random.key(0), 0, jnp.zeros((8, 8, 3)),
                         (state.masks, state.opt_state))

@@ -26,38 +26,38 @@ def _numbers(tree):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_masks_bound_and_history(variant, small_params, small_batch):
+def test_masks_bound_and_history(variant, tiny, small_batch):
     config = _config(variant)
-    out = awm_jax.purify(small_params, small_batch, config=config)
+    out = awm_jax.purify(tiny, small_batch, config=config)
     values = _numbers(out.masks)
     assert 0 <= values.min() and values.max() <= 1 and (values < 1).any()
     bound = 100.0 * 8 * 8 / 1024 * (2 if variant == "distilled" else 1)  # the survey's is twice
     assert np.abs(out.trigger).sum() <= bound * (1 + 1e-5)
     assert np.abs(out.trigger).sum() > 0
     assert {len(v) for v in out.history.values()} == {2}
-    assert isinstance(out.params, awm_jax.Params) and out.params.arch == small_params.arch
+    assert isinstance(out.params, awm_jax.Params) and out.params.arch == tiny.arch
     np.testing.assert_allclose(
         models.apply(out.params, small_batch.images),
-        models.apply(small_params, small_batch.images, masks=out.masks), rtol=1e-5, atol=1e-5)
+        models.apply(tiny, small_batch.images, masks=out.masks), rtol=1e-5, atol=1e-5)
     for name in ("bn1", "dense"):
         np.testing.assert_array_equal(_numbers(out.params.weights[name]),
-                                      _numbers(small_params.weights[name]))
+                                      _numbers(tiny.weights[name]))
 
 
-def test_same_key_same_masks_other_key_other_masks(small_params, small_batch):
+def test_same_key_same_masks_other_key_other_masks(tiny, small_batch):
     def purify(seed):
-        return _numbers(awm_jax.purify(small_params, small_batch, config=_config("paper"),
+        return _numbers(awm_jax.purify(tiny, small_batch, config=_config("paper"),
                                        key=jax.random.key(seed)).masks)
 
     np.testing.assert_array_equal(purify(1), purify(1))
     assert not np.array_equal(purify(1), purify(2))
 
 
-def test_second_call_compiles_nothing(small_params, small_batch):
+def test_second_call_compiles_nothing(tiny, small_batch):
     config = _config("distilled")
-    awm_jax.purify(small_params, small_batch, config=config, key=jax.random.key(1))
+    awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1))
     with jax.log_compiles(), _forbid_compilation():
-        awm_jax.purify(small_params, small_batch, config=config, key=jax.random.key(2))
+        awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(2))
 
 
 class _forbid_compilation:
@@ -83,25 +83,24 @@ def test_the_compilation_guard_can_fail():
         jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
 
 
-def test_stretches_do_not_matter(small_params, small_batch):
+def test_stretches_do_not_matter(tiny, small_batch):
     seen = []
-    one = awm_jax.purify(small_params, small_batch, config=_config("paper"), every=1,
+    one = awm_jax.purify(tiny, small_batch, config=_config("paper"), every=1,
                          on_epochs=lambda done, total, state, latest: seen.append((done, total)))
-    two = awm_jax.purify(small_params, small_batch, config=_config("paper"), every=2)
+    two = awm_jax.purify(tiny, small_batch, config=_config("paper"), every=2)
     assert seen == [(1, 2), (2, 2)]
     np.testing.assert_allclose(_numbers(one.masks), _numbers(two.masks), atol=1e-6)
     with pytest.raises(ValueError, match="divisor"):
-        awm_jax.purify(small_params, small_batch, config=_config("paper"), every=3)
+        awm_jax.purify(tiny, small_batch, config=_config("paper"), every=3)
 
 
-@pytest.mark.parametrize("variant", ["distilled", "paper"])  # 'official' is the latter's steps
-def test_jit_is_eager(variant, small_params, small_batch):
-    """Each of Algorithm 1's steps, traced and not."""
-    settings = _config(variant).resolve(6, (8, 8, 3))
+def test_jit_is_eager(tiny, small_batch):
+    """Each of Algorithm 1's steps, traced and not; the conformance suite has the default's run."""
+    settings = _config("paper").resolve(6, (8, 8, 3))
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
-    state = awm_steps.init(small_params, settings)
-    fled = awm_steps._fled(small_params, state.masks, images, labels, settings)
-    problem = awm_steps._problem(small_params, images, labels, fled, state.triggers + 0.1,
+    state = awm_steps.init(tiny, settings)
+    fled = awm_steps._fled(tiny, state.masks, images, labels, settings)
+    problem = awm_steps._problem(tiny, images, labels, fled, state.triggers + 0.1,
                                  jnp.array(2), settings)
     outer, key, index = (state.masks, state.opt_state), jax.random.key(5), jnp.array(1)
     delta = problem.start(key, index, outer)
@@ -115,15 +114,15 @@ def test_jit_is_eager(variant, small_params, small_batch):
     assert np.isclose(_numbers(masks_eager), _numbers(masks_jit), atol=1e-5).mean() > 0.995
 
 
-def test_nan_is_refused_and_nonfinite_runs_say_so(small_params, small_batch):
+def test_nan_is_refused_and_nonfinite_runs_say_so(tiny, small_batch):
     bad = Batch(np.full_like(small_batch.images, np.nan), small_batch.labels)
     with pytest.raises(ValueError, match="finite"):
-        awm_jax.purify(small_params, bad)
-    weights = jax.tree.map(lambda w: w * jnp.nan, small_params.weights)
+        awm_jax.purify(tiny, bad)
+    weights = jax.tree.map(lambda w: w * jnp.nan, tiny.weights)
     with pytest.raises(ValueError, match="weights"):
-        awm_jax.purify(dataclasses.replace(small_params, weights=weights), small_batch)
-    huge = jax.tree.map(lambda w: w * 1e30, small_params.weights)
-    out = awm_jax.purify(dataclasses.replace(small_params, weights=huge), small_batch,
+        awm_jax.purify(dataclasses.replace(tiny, weights=weights), small_batch)
+    huge = jax.tree.map(lambda w: w * 1e30, tiny.weights)
+    out = awm_jax.purify(dataclasses.replace(tiny, weights=huge), small_batch,
                          config=_config("paper"))
     assert out.status is awm.Status.NONFINITE and out.status.advice
     np.testing.assert_array_equal(_numbers(out.masks), 1.0)
@@ -137,9 +136,9 @@ def test_nan_is_refused_and_nonfinite_runs_say_so(small_params, small_batch):
     (np.zeros((2, 8, 8, 3), np.float32), [0], "labels of shape"),
     (np.zeros((0, 8, 8, 3), np.float32), [], "at least one"),
 ])
-def test_bad_batches(small_params, images, labels, match):
+def test_bad_batches(tiny, images, labels, match):
     with pytest.raises((ValueError, TypeError), match=match):
-        awm_jax.purify(small_params, Batch(images, np.array(labels, np.int32)))
+        awm_jax.purify(tiny, Batch(images, np.array(labels, np.int32)))
 
 
 @pytest.mark.parametrize("options, match", [
@@ -164,8 +163,8 @@ def test_paper_and_official_constants():
     assert awm.AWMConfig(variant="paper").resolve(10, (64, 64, 3)).taus == (4000.0,)
 
 
-def test_status_reads_the_end(small_params):
-    state = awm_steps.init(small_params, _config("paper").resolve(6, (8, 8, 3)))
+def test_status_reads_the_end(tiny):
+    state = awm_steps.init(tiny, _config("paper").resolve(6, (8, 8, 3)))
     good, bad = {"mask_mean": np.full(20, 0.9)}, {"mask_mean": np.linspace(1.0, 0.8, 20)}
     assert awm._status(state, good, 1.0) is awm.Status.OK
     assert awm._status(state, bad, 1.0) is awm.Status.NOT_CONVERGED
@@ -173,7 +172,7 @@ def test_status_reads_the_end(small_params):
     assert awm._status(state, good, 0.5) is awm.Status.CLEAN_ACCURACY_LOST
 
 
-def test_replay_gives_images_earlier_triggers(small_params):
+def test_replay_gives_images_earlier_triggers(tiny):
     """Each image gets this epoch's trigger, one of those before it, or one of the survey's."""
     settings = _config("distilled", epochs=4, batch_size=400).resolve(6, (8, 8, 3))
     now, key = jnp.zeros((8, 8, 3)), jax.random.key(0)
@@ -193,23 +192,23 @@ def test_replay_gives_images_earlier_triggers(small_params):
     np.testing.assert_allclose(list(surveyed.values()), [0.25] * 4, atol=0.08)
 
 
-def test_masks_of_the_default_never_rise(small_params, small_batch):
+def test_masks_of_the_default_never_rise(tiny, small_batch):
     """Epoch by epoch no mask goes up; the paper's steps let some."""
     rises = {}
     for variant in ("distilled", "paper"):
         seen = []
-        awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
+        awm_jax.purify(tiny, small_batch, config=_config(variant), every=1,
                        on_epochs=lambda done, total, state, latest, seen=seen: seen.append(
                            _numbers(state.masks)))
         rises[variant] = bool((seen[1] > seen[0]).any())
     assert rises == {"distilled": False, "paper": True}
 
 
-def test_every_trigger_is_kept_for_replay(small_params, small_batch):
+def test_every_trigger_is_kept_for_replay(tiny, small_batch):
     """The stored triggers are the ones the epochs found, in order; without replay only the last."""
     for variant, kept in (("distilled", 2 + 4), ("paper", 1)):
         seen = []
-        out = awm_jax.purify(small_params, small_batch, config=_config(variant), every=1,
+        out = awm_jax.purify(tiny, small_batch, config=_config(variant), every=1,
                              on_epochs=lambda d, t, state, latest, seen=seen: seen.append(state))
         first, last = (np.asarray(s.triggers) for s in seen)
         assert len(first) == len(last) == kept
@@ -223,21 +222,21 @@ def test_every_trigger_is_kept_for_replay(small_params, small_batch):
             assert np.abs(first - last).max() > 0 and out.survey is None
 
 
-def test_layers_can_be_chosen(small_params, small_batch):
-    out = awm_jax.purify(small_params, small_batch, config=_config("paper", layers=("conv2",)))
+def test_layers_can_be_chosen(tiny, small_batch):
+    out = awm_jax.purify(tiny, small_batch, config=_config("paper", layers=("conv2",)))
     assert list(masks.by_layer(out.masks)) == ["conv2"]
     np.testing.assert_array_equal(out.params.weights["conv1"]["kernel"],
-                                  small_params.weights["conv1"]["kernel"])
+                                  tiny.weights["conv1"]["kernel"])
 
 
-def test_what_the_trigger_flees_is_the_masked_networks_own_answer(small_params, small_batch):
-    m = jax.tree.map(lambda leaf: 0.5 * leaf, masks.init(small_params.weights))
+def test_what_the_trigger_flees_is_the_masked_networks_own_answer(tiny, small_batch):
+    m = jax.tree.map(lambda leaf: 0.5 * leaf, masks.init(tiny.weights))
     x, y = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
-    own = models.apply(small_params, x, masks=m).argmax(axis=1)
+    own = models.apply(tiny, x, masks=m).argmax(axis=1)
     # Batches of 4 do not divide the 6 images.
-    settings = _config("official", batch_size=4).resolve(len(x), small_params.arch.image_shape)
-    np.testing.assert_array_equal(awm_steps._fled(small_params, m, x, y, settings), own)
-    settings = _config("paper").resolve(len(x), small_params.arch.image_shape)
-    assert awm_steps._fled(small_params, m, x, y, settings) is y
-    settings = _config("distilled").resolve(len(x), small_params.arch.image_shape)
-    assert awm_steps._fled(small_params, m, x, y, settings) is None
+    settings = _config("official", batch_size=4).resolve(len(x), tiny.arch.image_shape)
+    np.testing.assert_array_equal(awm_steps._fled(tiny, m, x, y, settings), own)
+    settings = _config("paper").resolve(len(x), tiny.arch.image_shape)
+    assert awm_steps._fled(tiny, m, x, y, settings) is y
+    settings = _config("distilled").resolve(len(x), tiny.arch.image_shape)
+    assert awm_steps._fled(tiny, m, x, y, settings) is None

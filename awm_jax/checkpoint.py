@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax.types import Arch, Params
+from awm_jax.types import Arch, ForeignArch, Params
 
 _SIDECAR = "awm_jax.json"
 Path = str | os.PathLike
@@ -40,12 +40,27 @@ def save(directory: Path, params: Params, metadata: dict[str, Any] | None = None
 
     Raises:
       FileExistsError: something is there and ``overwrite`` is False, or it is no checkpoint.
+      ValueError: a foreign module's weights, whose code no checkpoint holds.
 
     Example: `save('runs/purified', purified.params, {'status': 'OK'})`.
     """
+    ours_only(params.arch)
     save_tree(directory, {"weights": params.weights, "batch_stats": params.batch_stats},
               {"arch": dataclasses.asdict(params.arch), "metadata": metadata or {}},
               overwrite=overwrite)
+
+
+def ours_only(arch: Arch) -> None:
+    """ValueError for a foreign module: its numbers mean nothing without its owner's code.
+
+    Example: `ours_only(Arch(name='small_vgg', num_classes=10))`.
+    """
+    if isinstance(arch, ForeignArch):
+        raise ValueError(
+            f"Expected one of this library's networks, got {arch.name}, whose code no file of ours "
+            "can hold. Save the variables that params.to_flax() returns as you saved the "
+            "module's own, and read them with Params.from_flax(module, variables, ...)."
+        )
 
 
 def load(directory: Path) -> tuple[Params, dict[str, Any]]:

@@ -5,9 +5,11 @@ import os
 import pathlib
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
@@ -35,10 +37,14 @@ def _read(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a PyTorch file at {path}, found no file there.")
     with path.open("rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, or the older bare pickle
-            raise OSError(f"{path} is no PyTorch file: neither a zip archive nor a pickle.")
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or the older bare pickle
+        raise OSError(f"{path} is no PyTorch file: neither a zip archive nor a pickle.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if start == b"PK":
+            _sound(path)
+        with path.open("rb") as file:  # by its name, PyTorch might take it for safetensors
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
@@ -47,8 +53,21 @@ def _read(path: str | os.PathLike) -> Any:
             "author's. Save the state_dict alone (torch.save(net.state_dict(), PATH)) where you "
             "trust it."
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise OSError(f"{path} is no whole PyTorch file: {error}") from error
+    except Exception as error:  # Python and PyTorch raise many kinds for a damaged file
+        raise OSError(f"{path} is no whole PyTorch file: {_in_one_line(error)}") from error
+
+
+def _sound(path: pathlib.Path) -> None:
+    """OSError unless an archive's checksums hold: PyTorch reads on where they do not."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise OSError(f"the checksum of {damaged} in it is wrong.")
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, in one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _unwrap(content: Any) -> tuple[dict[str, Any], str | None]:
@@ -57,7 +76,8 @@ def _unwrap(content: Any) -> tuple[dict[str, Any], str | None]:
     for name in (None, *_WRAPPERS):
         inner = content if name is None else content.get(name)
         if isinstance(inner, dict) and inner and all(
-                isinstance(value, torch.Tensor) for value in inner.values()):
+                isinstance(key, str) and isinstance(value, torch.Tensor)
+                for key, value in inner.items()):
             return inner, name
         if not isinstance(content, dict):
             break
@@ -95,8 +115,20 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _detect(state: Mapping[str, Any]) -> str:
-    """The architecture whose names fit best; a few may be missing, which is reported later."""
+def detect(state: Mapping[str, Any]) -> str:
+    """The architecture whose names fit best; a few may be missing, which is reported later.
+
+    Args:
+      state: names to tensors or arrays; only the names count.
+
+    Returns:
+      A key of `awm_jax.models.MODELS`.
+
+    Raises:
+      ValueError: fewer than half of the names fit any.
+
+    Example: `detect(net.state_dict())`.
+    """
     found = {name for name in state if not name.endswith(_COUNTER)}
     share = {}
     for arch in LAYOUTS:
@@ -116,7 +148,7 @@ def _complete(arch: Arch | str | None, state: Mapping[str, Any],
     """An `Arch` from as much of it as is given; the last layer says how many classes."""
     if isinstance(arch, Arch):
         return arch
-    known = Arch(name=arch or _detect(state), num_classes=2, image_shape=image_shape)
+    known = Arch(name=arch or detect(state), num_classes=2, image_shape=image_shape)
     last = [state[e.name] for e in entries(known, state)
             if e.path[:2] == ("weights", "dense") and e.name in state]
     num_classes = max([2, *(int(value.shape[0]) for value in last[:1] if value.ndim)])
@@ -147,6 +179,49 @@ def _to_torch(value: np.ndarray, entry: Entry) -> np.ndarray:
     return value
 
 
+def _floats(value: Any) -> np.ndarray:
+    """A tensor of PyTorch's, or an array of NumPy's or JAX's, in float32 on the host."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().float().numpy()
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
+        return np.asarray(value, np.float32)
+
+
+def arrays_from_state_dict(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """PyTorch tensors as NumPy arrays of the same dtypes, bfloat16 among them.
+
+    Args:
+      state: names to tensors, as `load_state_dict` gives them.
+
+    Returns:
+      Names to arrays; most share the tensors' memory.
+
+    Raises:
+      ValueError: a tensor that is sparse, quantised or of a dtype that NumPy lacks.
+
+    Example: `arrays_from_state_dict(net.state_dict())['classifier.weight'].dtype`.
+    """
+    torch = _torch()
+    arrays = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        try:
+            arrays[name] = (tensor.float().numpy().astype(jnp.bfloat16)
+                            if tensor.dtype == torch.bfloat16 else tensor.numpy())
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"Expected plain tensors, {name} is {tensor.dtype}, {tensor.layout}: "
+                             f"{_in_one_line(error)}") from error
+    return arrays
+
+
+def _tensor(value: np.ndarray) -> Any:
+    """An array as a tensor of the same dtype."""
+    torch = _torch()
+    if value.dtype == jnp.bfloat16:
+        return torch.tensor(value.astype(np.float32)).bfloat16()
+    return torch.tensor(value)
+
+
 def _leaf(params: Params, path: tuple[str, ...]) -> Any:
     """What lies at a path of an `Entry`."""
     node: Any = {"weights": params.weights, "batch_stats": params.batch_stats}
@@ -170,10 +245,10 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
 
 def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = None,
                            image_shape: tuple[int, int, int] = (32, 32, 3)) -> Params:
-    """A network from PyTorch tensors.
+    """A network from PyTorch tensors, or from arrays under their names: those need no PyTorch.
 
     Args:
-      state: names to tensors, as `load_state_dict` gives them.
+      state: names to tensors, as `load_state_dict` gives them, or to arrays of NumPy's or JAX's.
       arch: what it should be: an `Arch`, its name, or None to tell by the tensors' names. Without
         an `Arch`, the last layer gives the number of classes and images are not normalised.
       image_shape: ``(height, width, channels)`` of its images; an `Arch` brings its own.
@@ -188,7 +263,6 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
     Example: `params_from_state_dict(net.state_dict()).arch.name`.
     """
     import jax
-    import jax.numpy as jnp
 
     from awm_jax import models
 
@@ -207,9 +281,48 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
         node = tree
         for part in entry.path[:-1]:
             node = node.setdefault(part, {})
-        value = state[entry.name].detach().cpu().float().numpy()
-        node[entry.path[-1]] = jnp.array(_to_jax(value, entry))
+        node[entry.path[-1]] = jnp.array(_to_jax(_floats(state[entry.name]), entry))
     return Params(tree["weights"], tree.get("batch_stats", {}), arch)
+
+
+def _arrays(params: Params, template: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """Every tensor in float32 and PyTorch's layout, batch counters at zero; fits the template."""
+    out: dict[str, np.ndarray] = {}
+    for entry in entries(params.arch, template or ()):
+        out[entry.name] = np.ascontiguousarray(
+            _to_torch(np.asarray(_leaf(params, entry.path)), entry))
+        if entry.name.endswith("running_var"):
+            out[entry.name.replace("running_var", _COUNTER)] = np.zeros((), np.int64)
+    if template is not None and (differences := _differences(
+            template, {name: value.shape for name, value in out.items()})):
+        raise ValueError(
+            f"The template is no {params.arch.name} with {params.arch.num_classes} classes. "
+            f"{differences}."
+        )
+    return out
+
+
+def arrays_from_params(params: Params,
+                       template: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """`state_dict_from_params` in NumPy arrays, which needs no PyTorch.
+
+    Args:
+      params: the network.
+      template: names to arrays, whose spelling, order, dtypes and batch counters are kept.
+
+    Returns:
+      Names to contiguous arrays in PyTorch's layout.
+
+    Raises:
+      ValueError: an architecture without a PyTorch layout, or a template of another network.
+
+    Example: `safetensors.numpy.save_file(arrays_from_params(params), 'net.safetensors')`.
+    """
+    out = _arrays(params, template)
+    if template is None:
+        return out
+    return {n: np.asarray(v) if n.endswith(_COUNTER) else out[n].astype(v.dtype)
+            for n, v in template.items()}
 
 
 def state_dict_from_params(params: Params,
@@ -228,20 +341,9 @@ def state_dict_from_params(params: Params,
 
     Example: `net.load_state_dict(state_dict_from_params(params))`.
     """
-    torch = _torch()
-    out: dict[str, Any] = {}
-    for entry in entries(params.arch, template or ()):
-        value = np.ascontiguousarray(_to_torch(np.asarray(_leaf(params, entry.path)), entry))
-        out[entry.name] = torch.tensor(value)
-        if entry.name.endswith("running_var"):
-            out[entry.name.replace("running_var", _COUNTER)] = torch.tensor(0)
+    out = {name: _tensor(value) for name, value in _arrays(params, template).items()}
     if template is None:
         return out
-    if differences := _differences(template, {n: tuple(v.shape) for n, v in out.items()}):
-        raise ValueError(
-            f"The template is no {params.arch.name} with {params.arch.num_classes} classes. "
-            f"{differences}."
-        )
     return {n: v if n.endswith(_COUNTER) else out[n].to(v.dtype) for n, v in template.items()}
 
 
@@ -252,7 +354,8 @@ def load(path: str | os.PathLike, arch: Arch | str | None = None,
 
 
 def save(path: str | os.PathLike, params: Params,
-         template_path: str | os.PathLike | None = None) -> None:
+         template_path: str | os.PathLike | None = None, *,
+         template: Mapping[str, np.ndarray] | None = None) -> None:
     """Writes a network as a PyTorch file, under a temporary name that is then renamed.
 
     ``arch.mean`` and ``arch.std`` have no place in a state_dict: normalise in PyTorch as before.
@@ -260,7 +363,8 @@ def save(path: str | os.PathLike, params: Params,
     Args:
       path: the file to write.
       params: the network.
-      template_path: the file it came from: its wrapper and other entries are kept.
+      template_path: the PyTorch file it came from: its wrapper and other entries are kept.
+      template: arrays from a file of another format, as in `arrays_from_params`.
 
     Raises:
       ValueError: ``path`` is the template itself, which is never overwritten.
@@ -282,7 +386,7 @@ def save(path: str | os.PathLike, params: Params,
             new = {f"module.{name}": value for name, value in new.items()}
         content = new if wrapper is None else {**content, wrapper: new}
     else:
-        content = state_dict_from_params(params)
+        content = {n: _tensor(v) for n, v in arrays_from_params(params, template).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

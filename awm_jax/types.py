@@ -1,6 +1,7 @@
 """The records that every room passes around."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,20 @@ class Arch:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignArch(Arch):
+    """What somebody else's network is; made by `Params.from_flax`.
+
+    Args:
+      module: its Flax Linen module, hashable, as this record is; `awm_jax.models.module` gives it
+        back.
+
+    Example: `Params.from_flax(net, variables, image_shape=(8, 8, 3)).arch.module`.
+    """
+
+    module: Any
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Params:
@@ -49,6 +64,54 @@ class Params:
     weights: Weights
     batch_stats: Any
     arch: Arch = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_flax(cls, module: Any, variables: Mapping[str, Any], *,
+                  image_shape: tuple[int, int, int], mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+                  std: tuple[float, ...] = (1.0, 1.0, 1.0)) -> "Params":
+        """A network of somebody else's, a Flax Linen module, in place of one of ours.
+
+        ``module.__call__(images)`` must return logits ``[B, c]`` of images ``[B, H, W, C]``. It is
+        told its mode by whichever of these arguments it has: ``train``, ``training`` (False to
+        evaluate), ``deterministic``, ``use_running_average`` (True to evaluate).
+
+        Args:
+          module: the module; lists among its fields become tuples, arrays are refused.
+          variables: as ``module.init`` returns them: ``'params'`` and, if any, ``'batch_stats'``.
+          image_shape: ``(height, width, channels)`` of one image.
+          mean: per-channel mean subtracted from images in [0, 1] before the module sees them.
+          std: per-channel positive scale that divides them afterwards.
+
+        Returns:
+          `Params`, float32, whose ``arch`` is a `ForeignArch`.
+
+        Raises:
+          TypeError: no instance of a Linen module, or one that cannot be hashed.
+          ValueError: variables that do not fit the module, other collections, or a result that is
+            not ``[B, c]`` with c >= 2.
+
+        Example:
+          >>> from flax import linen as nn
+          >>> net = nn.Sequential([lambda x: x.mean((1, 2)), nn.Dense(4)])
+          >>> variables = net.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))
+          >>> Params.from_flax(net, variables, image_shape=(8, 8, 3)).arch.num_classes
+          4
+        """
+        from awm_jax.models import foreign
+
+        return foreign.params(module, variables, image_shape=image_shape, mean=mean, std=std)
+
+    def to_flax(self) -> dict[str, Any]:
+        """The variables of ``module.apply``: ``{'params': ..., 'batch_stats': ...}``.
+
+        The module sees images as `from_flax` says: less ``arch.mean``, divided by ``arch.std``.
+
+        Returns:
+          Both collections; ``'batch_stats'`` is empty for a network without BatchNorm.
+
+        Example: `logits = net.apply(purified.params.to_flax(), images, train=False)`.
+        """
+        return {"params": self.weights, "batch_stats": self.batch_stats}
 
 
 class Batch(NamedTuple):

@@ -2,15 +2,14 @@
 
 import argparse
 import pathlib
-import re
-import sys
-from collections.abc import Callable
-from typing import Any
 
 from awm_jax import attacks, data, models
+from awm_jax.command.options import OneLine, image_size, positive, run
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import presets
+
+__all__ = ["check", "image_size", "load", "parser", "positive", "run", "samples", "scene_parser"]
 
 
 def samples(text: str) -> str | int:
@@ -20,13 +19,6 @@ def samples(text: str) -> str | int:
     if text.isdigit() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected 'one-shot' or a whole number > 0, got {text!r}")
-
-
-def positive(text: str) -> int:
-    """A whole number > 0."""
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
 
 
 def _rate(text: str) -> float:
@@ -78,41 +70,12 @@ def dataset_of(text: str) -> str:
         "a folder of each class")
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """'N' or 'HxW' as ``(height, width)``."""
-    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
-    if found:
-        return int(found[1]), int(found[2] or found[1])
-    raise argparse.ArgumentTypeError(f"expected a number of pixels or HEIGHTxWIDTH, got {text!r}")
-
-
 def _setting(text: str) -> tuple[str, str]:
     """'NAME=VALUE' in two."""
     name, sign, value = text.partition("=")
     if name and sign and value:
         return name, value
     raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-
-
-class _OneLine(argparse.ArgumentParser):
-    """Errors in one line, without the whole usage before them."""
-
-    def error(self, message):
-        """Prints the message and ends with status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def run(prog: str, job: Callable[[], Any]) -> int:
-    """Does the job; errors of the user's making end in one line and status 2."""
-    try:
-        job()
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -166,7 +129,7 @@ def _tell(dataset: Dataset) -> None:
 
 def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Options that say which data and which backdoored network: what `scene.make` reads."""
-    p = _OneLine(prog=prog, description=description)
+    p = OneLine(prog=prog, description=description)
     source = p.add_argument_group("data")
     source.add_argument("--dataset", type=dataset_of, default="digits",
                         metavar=f"NAME|{data.FOLDER}PATH",

@@ -19,9 +19,9 @@ from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.defences.awm_purify import with_masks
 from awm_jax.defences.base import by_path
 from awm_jax.defences.survey import Survey
+from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
 from experiments import presets
-from experiments.progress import Progress, waiting
 from experiments.scene import Scene
 
 _HISTORY_IMAGES = 500  # images that Figure 4's curves are drawn from; the table uses them all

@@ -13,9 +13,9 @@ import numpy as np
 from awm_jax import attacks, checkpoint, training
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset
+from awm_jax.progress import Progress, waiting
 from awm_jax.types import Arch, Params
 from experiments import presets
-from experiments.progress import Progress, waiting
 
 _VERSION = 2  # raise it when training or triggers change, so that stale networks are not reused
 

@@ -92,6 +92,16 @@ def benign(on_stage: Scene, cache: pathlib.Path) -> Scene:
     return dataclasses.replace(on_stage, name="benign", params=params)
 
 
+def alone(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
+    """A network without a backdoor, trained as one with this attack would be, which is not."""
+    spec = networks.NetworkSpec(dataset=dataset.name, arch=args.arch, attack=None, rate=0.0,
+                                epochs=args.epochs or presets.of(dataset).epochs,
+                                seed=args.network_seed)
+    params = networks.get_network(spec, dataset, cache)
+    return Scene("none", params, untrained(name, args, dataset), dataset,
+                 splits.defender_split(dataset), spec)
+
+
 def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     """A network of somebody else: Orbax directory or PyTorch file."""
     if path.is_dir():

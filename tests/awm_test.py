@@ -94,6 +94,31 @@ def test_stretches_do_not_matter(tiny, small_batch):
         awm_jax.purify(tiny, small_batch, config=_config("paper"), every=3)
 
 
+def test_a_run_ends_where_its_watcher_says(tiny, small_batch):
+    """With the masks from before the stretch that displeased it."""
+    seen = []
+
+    def watch(done, total, state, latest):
+        seen.append(_numbers(state.masks))
+        return done == 2
+
+    out = awm_jax.purify(tiny, small_batch, config=_config("paper"), every=1, on_epochs=watch)
+    assert len(seen) == 2 and np.abs(seen[1] - seen[0]).max() > 0
+    np.testing.assert_array_equal(_numbers(out.masks), seen[0])
+
+
+def test_a_survey_that_is_given_is_used(tiny, small_batch):
+    config = _config("distilled")
+    own = awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1))
+    same = awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1),
+                          survey=own.survey)
+    np.testing.assert_array_equal(_numbers(own.masks), _numbers(same.masks))
+    other = own.survey._replace(triggers=-own.survey.triggers, damage=own.survey.damage[::-1])
+    changed = awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1),
+                             survey=other)
+    assert np.abs(_numbers(changed.masks) - _numbers(own.masks)).max() > 0
+
+
 def test_jit_is_eager(tiny, small_batch):
     """Each of Algorithm 1's steps, traced and not; the conformance suite has the default's run."""
     settings = _config("paper").resolve(6, (8, 8, 3))

@@ -8,9 +8,9 @@ import pytest
 
 from awm_jax import attacks, checkpoint, data
 from awm_jax.defences import DEFENCES
+from awm_jax.progress import waiting
 from experiments import defending, oneshot, results
 from experiments.cli import parser
-from experiments.progress import waiting
 
 
 @pytest.mark.parametrize("argv, word", [

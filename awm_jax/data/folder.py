@@ -54,11 +54,13 @@ def natural(name: str) -> tuple:
     """Sorts names as people do: '9' before '10', 'b' after 'A'.
 
     Example:
-      >>> sorted(['sign10', 'sign9', 'Sign1'], key=natural)
-      ['Sign1', 'sign9', 'sign10']
+      >>> sorted(['sign10', 'sign9', 'Sign1', 'sign'], key=natural)
+      ['sign', 'Sign1', 'sign9', 'sign10']
     """
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return (*(int(part) if part.isdigit() else part for part in parts), name)
+    parts: list = re.split(r"([0-9]+)", name.casefold())
+    # A number by its length first: Python reads no more than 4,300 digits into an int.
+    parts[1::2] = [(len(digits), digits) for digits in (part.lstrip("0") for part in parts[1::2])]
+    return parts, name
 
 
 def slug(path: pathlib.Path) -> str:
@@ -241,7 +243,7 @@ def prepare(listing: Listing, size: tuple[int, int] | None) -> Prepared:
     paths = [path for part in parts for own in part for path in own]
     size = _own_size(listing.root, paths) if size is None else size
     _check_size(listing.root, len(paths), size)
-    images = np.stack(_each(paths, lambda path: decode.rgb(path, size)))
+    images = np.stack(each(paths, lambda path: decode.rgb(path, size)))
     labels = [np.repeat(np.arange(len(part), dtype=np.int32), [len(own) for own in part])
               for part in parts]
     count = len(labels[0])
@@ -251,7 +253,7 @@ def prepare(listing: Listing, size: tuple[int, int] | None) -> Prepared:
 
 def _own_size(root: pathlib.Path, paths: Sequence[pathlib.Path]) -> tuple[int, int]:
     """The size that all images have; ValueError tells the sizes if there are several."""
-    sizes = collections.Counter(_each(paths, decode.size_of))
+    sizes = collections.Counter(each(paths, decode.size_of))
     if len(sizes) == 1:
         return next(iter(sizes))
     (often, count), *_ = sizes.most_common()
@@ -286,8 +288,23 @@ def _check_size(root: pathlib.Path, count: int, size: tuple[int, int]) -> None:
                          "--image_size.")
 
 
-def _each(paths: Sequence[pathlib.Path], read: Callable[[pathlib.Path], Any]) -> list:
-    """``read`` of every file, several at a time; those that cannot be read are named together."""
+def each(paths: Sequence[pathlib.Path], read: Callable[[pathlib.Path], Any]) -> list:
+    """``read`` of every file, several at a time; those that cannot be read are named together.
+
+    Args:
+      paths: the files.
+      read: raises ValueError for a file that it cannot read.
+
+    Returns:
+      What ``read`` gave, in the order of ``paths``.
+
+    Raises:
+      OSError: names five of the files that cannot be read, with the reason, and says how many more.
+
+    Example:
+      >>> each([pathlib.Path('a.png'), pathlib.Path('b.bmp')], lambda path: path.suffix)
+      ['.png', '.bmp']
+    """
     broken: dict[int, str] = {}
 
     def one(item):

@@ -49,8 +49,8 @@ _jit_apply_masks = jax.jit(masking.apply)
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
            key: jax.Array | None = None,
-           on_epochs: Callable[[int, int, AWMState, dict[str, float]], None] | None = None,
-           every: int | None = None) -> Purified:
+           on_epochs: Callable[[int, int, AWMState, dict[str, float]], bool | None] | None = None,
+           every: int | None = None, survey: Survey | None = None) -> Purified:
     """Erases a backdoor by learning masks in [0, 1] over kernels, by default the convolutions'.
 
     ``min_m alpha L(f(x; m*w), y) + beta max_{||d||_1 <= tau} L(f(x+d; m*w), y) + gamma ||m||_1``
@@ -64,9 +64,10 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
       config: `AWMConfig`; by default the project's variant, ``AWMConfig(variant='paper')`` for the
         paper's.
       key: PRNG key of minibatches and augmentation; the same key gives the same masks.
-      on_epochs: called between compiled stretches as ``(done, total, state, latest)``; it watches
-        and changes nothing.
+      on_epochs: called between compiled stretches as ``(done, total, state, latest)``; where it
+        returns True the run ends, with the masks from before that stretch.
       every: epochs a stretch, a divisor of the epochs; by default the largest up to 5.
+      survey: of the same network, from `awm_jax.detection.scan`, instead of making one.
 
     Returns:
       `Purified`.
@@ -96,19 +97,24 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     settings = config.resolve(len(given), params.arch.image_shape)
     every = _stretch(settings.epochs, every)
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
-    found = _jit_look(key, params, images, labels, settings) if settings.survey_steps else None
+    found = survey if settings.survey_steps else None
+    if settings.survey_steps and found is None:
+        found = _jit_look(key, params, images, labels, settings)
     state, infos = _jit_init(params, settings, found), []
     for done in range(every, settings.epochs + 1, every):
+        last = state
         state, info = _jit_epochs(key, state, params, images, labels, settings, every)
         infos.append(jax.device_get(info))
         if on_epochs is not None:
             latest = {k: float(v[-1]) for k, v in infos[-1]._asdict().items()}
-            on_epochs(done, settings.epochs, state, latest)
+            if on_epochs(done, settings.epochs, state, latest):
+                state = last
+                break
     history = {name: np.concatenate([getattr(i, name) for i in infos]) for name in AWMInfo._fields}
     purified = with_masks(params, state.masks)
     status = _status(state, history, agreement(params, purified, given))
     if found is None:
-        trigger = state.triggers[settings.epochs - 1 if settings.replay else 0]
+        trigger = state.triggers[max(int(state.epoch) - 1, 0) if settings.replay else 0]
     else:
         found = jax.device_get(found)
         trigger = found.trigger

@@ -12,8 +12,8 @@ from awm_jax.types import Params
 
 # Under a dispersal trigger a network with an all-to-all backdoor kept its answer with probability
 # .03 to .05 (draws 0 to 2); six networks with one target or none, in 16 searches, with .22 to .55.
-_STAYS_BELOW = 0.15
-_KEEPS_ABOVE = 0.5
+STAYS_BELOW = 0.15
+KEEPS_ABOVE = 0.5
 _DISPERSAL_STEPS = 100
 _DISPERSAL_BATCHES = 4
 
@@ -43,7 +43,7 @@ class Survey(NamedTuple):
     @property
     def suspect(self) -> jax.Array:
         """The class with most damage, or ``c``, one past the last, for an all-to-all backdoor."""
-        all_to_all = (self.stay < _STAYS_BELOW) & (self.kept > _KEEPS_ABOVE)
+        all_to_all = (self.stay < STAYS_BELOW) & (self.kept > KEEPS_ABOVE)
         return jnp.where(all_to_all, len(self.damage), self.damage.argmax())
 
     @property

@@ -8,12 +8,13 @@ from flax import linen as nn
 
 from awm_jax import masks as masking
 from awm_jax import validate
+from awm_jax.models import foreign
 from awm_jax.models.mnist import CNN, MLP
 from awm_jax.models.mobilenet import MobileNetV2
 from awm_jax.models.resnet import PreActResNet18, ResNet18
 from awm_jax.models.shufflenet import ShuffleNetV2
 from awm_jax.models.vgg import VGG19BN, SmallVGG
-from awm_jax.types import Arch, Masks, Params
+from awm_jax.types import Arch, ForeignArch, Masks, Params
 
 MODELS: dict[str, type[nn.Module]] = {
     "small_vgg": SmallVGG,
@@ -30,6 +31,8 @@ _SMALLEST = {"vgg19_bn": 32, "cnn": 16}  # images of fewer pixels would be poole
 
 def module(arch: Arch) -> nn.Module:
     """The Flax module of an architecture; ValueError lists the known names."""
+    if isinstance(arch, ForeignArch):
+        return arch.module
     validate.choice(MODELS, arch=arch.name)
     return MODELS[arch.name](num_classes=arch.num_classes)  # type: ignore[call-arg]
 
@@ -42,7 +45,8 @@ def check(arch: Arch) -> None:
 
     Raises:
       ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
-        ``vgg19_bn``, 16x16 for ``cnn``).
+        ``vgg19_bn``, 16x16 for ``cnn``; of a foreign module's images `Params.from_flax` has
+        seen that they fit).
 
     Example:
       >>> check(Arch(name='cnn', num_classes=10, image_shape=(8, 8, 3)))
@@ -50,8 +54,10 @@ def check(arch: Arch) -> None:
       ...
       ValueError: Expected images of 16x16 or more for cnn, got 8x8. Take larger ones, or ...
     """
-    validate.choice(MODELS, arch=arch.name)
     validate.at_least(2, num_classes=arch.num_classes)
+    if isinstance(arch, ForeignArch):
+        return
+    validate.choice(MODELS, arch=arch.name)
     (height, width, _), smallest = arch.image_shape, _SMALLEST.get(arch.name, 8)
     if min(height, width) < smallest:
         raise ValueError(f"Expected images of {smallest}x{smallest} or more for {arch.name}, got "
@@ -84,7 +90,8 @@ def create(key: jax.Array, arch: Arch) -> Params:
 
 def _draw(key: jax.Array, arch: Arch) -> Any:
     """Flax's variables."""
-    return module(arch).init(key, jnp.zeros((1, *arch.image_shape)), train=False)
+    net = module(arch)
+    return net.init(key, jnp.zeros((1, *arch.image_shape)), **foreign.mode(net, train=False))
 
 
 # One program: by itself, Flax compiles and runs each layer to draw it. It runs once, so what takes
@@ -112,7 +119,7 @@ def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> j
     weights = masking.apply(params.weights, masks)
     variables = {"params": weights, "batch_stats": params.batch_stats}
     images = _normalise(params.arch, images)
-    return cast(jax.Array, module(params.arch).apply(variables, images, train=False))
+    return cast(jax.Array, foreign.apply(module(params.arch), variables, images, train=False))
 
 
 def apply_train(params: Params, images: jax.Array, *, key: jax.Array) -> tuple[jax.Array, Any]:
@@ -133,8 +140,8 @@ def apply_train(params: Params, images: jax.Array, *, key: jax.Array) -> tuple[j
       (2, 10)
     """
     variables = {"params": params.weights, "batch_stats": params.batch_stats}
-    logits, updated = module(params.arch).apply(
-        variables, _normalise(params.arch, images), train=True,
+    logits, updated = foreign.apply(
+        module(params.arch), variables, _normalise(params.arch, images), train=True,
         mutable=["batch_stats"], rngs={"dropout": key},
     )
     return logits, updated.get("batch_stats", {})
@@ -154,6 +161,9 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
       order, each after its last activation, before pooling (a fully connected layer is a block of
       one pixel); the last one's channels are the features that the classifier sees.
 
+    Raises:
+      ValueError: a foreign module that sows nothing.
+
     Example:
       >>> params = create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
       >>> activations(params, jnp.zeros((2, 32, 32, 3)))[1]['block3'].shape
@@ -161,10 +171,14 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
     """
     variables = {"params": params.weights, "batch_stats": params.batch_stats}
     mutable = ["intermediates"] if key is None else ["intermediates", "batch_stats"]
-    logits, found = module(params.arch).apply(
-        variables, _normalise(params.arch, images), train=key is not None, mutable=mutable,
-        rngs=None if key is None else {"dropout": key})
-    blocks = {name: value[0] for name, value in found["intermediates"].items()}
+    logits, found = foreign.apply(
+        module(params.arch), variables, _normalise(params.arch, images), train=key is not None,
+        mutable=mutable, rngs=None if key is None else {"dropout": key})
+    blocks = {name: value[0] for name, value in found.get("intermediates", {}).items()
+              if isinstance(value, tuple)}  # what a layer of a foreign module sows is a dictionary
+    if not blocks:
+        raise ValueError(f"Expected {params.arch.name} to sow what its blocks put out, it sows "
+                         "nothing. Call self.sow('intermediates', 'block1', x) in the module.")
     return logits, blocks, found.get("batch_stats", params.batch_stats)
 
 
@@ -203,11 +217,14 @@ def features(params: Params, images: jax.Array) -> jax.Array:
 def norm_inputs(arch: Arch) -> dict[str, str]:
     """The convolution that feeds each BatchNorm layer, by slash-joined names; empty without any.
 
+    Empty as well for a foreign module, unless it has a method ``norm_inputs()`` that tells.
+
     Example:
       >>> norm_inputs(Arch(name='small_vgg', num_classes=10))['bn3']
       'conv3'
     """
-    return module(arch).norm_inputs()  # type: ignore[attr-defined]
+    tell = getattr(module(arch), "norm_inputs", None)
+    return {} if tell is None else tell()
 
 
 def _normalise(arch: Arch, images: jax.Array) -> jax.Array:

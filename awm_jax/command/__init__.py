@@ -1,0 +1,66 @@
+"""``awm-jax scan`` and ``awm-jax purify``: a network of somebody else and a few clean images in,
+a verdict, a purified network in the same format, and a report out.
+"""
+
+import argparse
+import pathlib
+
+from awm_jax.command.options import OneLine, image_size, positive, run
+
+
+def _shared(p: argparse.ArgumentParser) -> None:
+    """What both commands ask for."""
+    p.add_argument("model", type=pathlib.Path, metavar="MODEL",
+                   help="the network: a PyTorch .pth or .pt file, .safetensors, or an Orbax "
+                   "directory; nothing in it is executed")
+    p.add_argument("--images", type=pathlib.Path, required=True, metavar="DIR|CSV",
+                   help="clean images: a folder of each class, called by its number from 0 (or as "
+                   "many folders as there are classes, in their order), or a CSV with columns "
+                   "'file' and 'label'")
+    p.add_argument("--arch", help="architecture (default: told by the tensors' names)")
+    p.add_argument("--image_size", type=image_size, metavar="N|HxW",
+                   help="what the network takes (default: told by its tensors, or the images' own)")
+    p.add_argument("--normalise", metavar="NAME",
+                   help="what images in [0, 1] are normalised by: none, imagenet, cifar10, ...; "
+                   "'help' lists them (default: the one with which the network does best)")
+    p.add_argument("--flip", action="store_true",
+                   help="images keep their class when mirrored (photographs, not signs)")
+    p.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    p.add_argument("--report", type=pathlib.Path, metavar="FILE.html",
+                   help="the report, with its numbers in FILE.json (default: beside the model or "
+                   "--out)")
+    p.add_argument("--force", action="store_true",
+                   help="go on where the images are too few or the network gets most of them wrong")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``awm-jax``."""
+    p = OneLine(prog="awm-jax", description=__doc__)
+    commands = p.add_subparsers(dest="command", required=True, metavar="scan|purify")
+    scan = commands.add_parser("scan", prog="awm-jax scan", description="Look for a backdoor.",
+                               help="look for a backdoor, and write a report")
+    _shared(scan)
+    purify = commands.add_parser(
+        "purify", prog="awm-jax purify", description="Erase a backdoor, found or not.",
+        help="erase a backdoor, found or not, and write the network and a report")
+    _shared(purify)
+    purify.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE",
+                        help="the purified network; .pth, .safetensors, or a new directory "
+                        "(Orbax); never what is there already")
+    purify.add_argument("--defence", default="awm", metavar="NAME",
+                        help="what erases it (default: %(default)s, of which ten images suffice)")
+    purify.add_argument("--epochs", type=positive,
+                        help="epochs of the defence, where it counts any (default: its own)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = parser().parse_args(argv)
+
+    def job():
+        from awm_jax.command import jobs  # JAX: not for --help
+
+        (jobs.scan if args.command == "scan" else jobs.purify)(args)
+
+    return run(f"awm-jax {args.command}", job)

@@ -1,0 +1,302 @@
+"""The two jobs: scan a network, and purify it; both end in a report."""
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+import platform
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awm_jax import detection, formats, masks, metrics
+from awm_jax.command import suspect as reading
+from awm_jax.command import verdict
+from awm_jax.command.suspect import Suspect, say
+from awm_jax.defences import DEFENCES, AWMConfig, Status, awm_purify
+from awm_jax.detection import Findings
+from awm_jax.progress import Progress, waiting
+from awm_jax.report import figures, page
+from awm_jax.types import Params
+
+_ENOUGH = 10  # images of every class, from which some are held out to choose by
+_ALPHAS = (None, 0.9, 0.95)  # the default, then milder ones
+_FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
+_STOP = 0.1  # fall of accuracy on the given images at which a run ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Purification:
+    """What a purification came to.
+
+    Args:
+      params: the purified network.
+      status: how it ended.
+      layers: percentages of mask values in ten intervals, layer by layer; empty without masks.
+      seconds: how long it took.
+      notes: what was chosen and why, a line each.
+    """
+
+    params: Params
+    status: Status
+    layers: dict[str, list[float]]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def scan(args: argparse.Namespace) -> None:
+    """``awm-jax scan``: prints a verdict and writes a report."""
+    started = time.monotonic()
+    path = _report_path(args.report, args.model)
+    suspect = reading.read(args)
+    findings = _look(suspect, args)
+    report = _report(args, suspect, findings)
+    _finish(path, report, suspect, findings, None, started)
+
+
+def purify(args: argparse.Namespace) -> None:
+    """``awm-jax purify``: writes the purified network and a report."""
+    started = time.monotonic()
+    _check_defence(args.defence)
+    formats.check_target(args.out, args.model)
+    path = _report_path(args.report, args.out)
+    suspect = reading.read(args)
+    _check_enough(suspect, args.force)
+    findings = _look(suspect, args)
+    done = _awm(suspect, findings, args) if args.defence == "awm" else _other(suspect, args)
+    for note in done.notes:
+        say(f"  {note}")
+    formats.write(args.out, done.params, suspect.source)
+    say(f"{args.defence}: {done.status.name}, {done.status.advice}. The purified network is in "
+        f"{args.out}.")
+    report = _report(args, suspect, findings)
+    defence = DEFENCES[args.defence]
+    report["defence"] = {"name": defence.name, "paper": defence.paper, "status": done.status.name,
+                         "advice": "; ".join((done.status.advice, *done.notes)),
+                         "seconds": done.seconds, "out": str(args.out)}
+    if done.layers:
+        report["layers"] = done.layers
+    _finish(path, report, suspect, findings, done.params, started)
+
+
+def _check_defence(name: str) -> None:
+    """ValueError for a defence that needs more than a few clean images."""
+    able = [n for n, d in DEFENCES.items() if d.needs != "training" and not d.ablation]
+    if name not in able:
+        raise ValueError(f"Expected --defence {name!r} to be one of: {', '.join(able)}.")
+
+
+def _report_path(given: pathlib.Path | None, beside: pathlib.Path) -> pathlib.Path:
+    """Where the report goes; ValueError for a name that its JSON would take too."""
+    path = given or beside.with_name(f"{beside.stem}-report.html")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"Expected --report={path} to end in .html.")
+    if path.is_dir():
+        raise ValueError(f"Expected --report={path} to be a file, it is a folder.")
+    return path
+
+
+def _check_enough(suspect: Suspect, force: bool) -> None:
+    """ValueError for fewer than one image of each class."""
+    classes = suspect.params.arch.num_classes
+    missing = sorted(set(range(classes)) - set(np.asarray(suspect.batch.labels).tolist()))
+    if missing and not force:
+        some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise ValueError(
+            f"Expected an image of each of the {classes} classes, none was given of {some}. The "
+            "purified network may forget these classes. Give some, or go on with --force.")
+
+
+def _look(suspect: Suspect, args: argparse.Namespace) -> Findings:
+    """The scan, its verdict printed."""
+    with waiting("looking for triggers"):
+        found = detection.scan(suspect.params, suspect.batch, key=jax.random.key(args.seed),
+                               config=AWMConfig(flip=args.flip))
+    told = verdict.of(found, len(suspect.batch.labels))
+    say(f"{told.level}: {told.headline}")
+    for reason in told.reasons:
+        say(f"  {reason}")
+    return found
+
+
+def _held_out(suspect: Suspect, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to purify with and to choose by: half of each class where there are enough."""
+    labels = np.asarray(suspect.batch.labels)
+    counts = np.bincount(labels, minlength=suspect.params.arch.num_classes)
+    everything = np.arange(len(labels))
+    if counts.min() < _ENOUGH:
+        return everything, everything[:0]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels), int)
+    for label in range(len(counts)):
+        own = order[labels[order] == label]
+        rank[own] = np.arange(len(own))
+    kept = rank < counts[labels] // 2
+    return everything[kept], everything[~kept]
+
+
+def _accuracy(params: Params, batch: Any, chosen: np.ndarray) -> float:
+    """Share of some images that get their class."""
+    found = metrics.predict(params, batch.images[chosen])
+    return float((found == np.asarray(batch.labels)[chosen]).mean())
+
+
+def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Purification:
+    """AWM: as mild as held-out images ask for, and stopped where the given ones are lost."""
+    started, key = time.monotonic(), jax.random.key(args.seed)
+    mine, held_out = _held_out(suspect, args.seed)
+    batch = type(suspect.batch)(suspect.batch.images[mine], np.asarray(suspect.batch.labels)[mine])
+    notes: list[str] = []
+    before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
+    for alpha in _ALPHAS if before is not None else _ALPHAS[:1]:
+        config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
+        found = _run_awm(suspect, batch, findings, config, key, notes)
+        if before is None:
+            break
+        after = _accuracy(found.params, suspect.batch, held_out)
+        notes.append(f"alpha {alpha or 'as usual'}: {100 * before:.1f}% -> {100 * after:.1f}% of "
+                     f"{len(held_out)} held-out images")
+        if after >= before - _FALL:
+            break
+    layers = {name: figures.mask_percentages(np.ravel(values)).tolist()
+              for name, values in masks.by_layer(found.masks).items()}
+    return Purification(found.params, found.status, layers, time.monotonic() - started,
+                        tuple(notes))
+
+
+def _run_awm(suspect: Suspect, batch: Any, findings: Findings, config: AWMConfig, key: jax.Array,
+             notes: list[str]) -> awm_purify.Purified:
+    """One run with a bar; it ends where accuracy on its images has fallen by a tenth."""
+    everything = np.arange(len(batch.labels))
+    before = _accuracy(suspect.params, batch, everything)
+    bar: list[Progress] = []
+
+    def watch(done, total, state, latest):
+        if not bar:
+            bar.append(Progress("purifying", total))
+        now = _accuracy(awm_purify.with_masks(suspect.params, state.masks), batch, everything)
+        bar[0].update(done, accuracy=now, **{k: latest[k] for k in ("clean_loss", "trigger_loss")})
+        if now < before - _STOP:
+            notes.append(f"stopped in epoch {done} of {total}: {100 * now:.0f}% of the given "
+                         f"images got their class, before {100 * before:.0f}%; the masks are those "
+                         "of before")
+            return True
+        return False
+
+    found = awm_purify.purify(suspect.params, batch, config=config, key=key, on_epochs=watch,
+                              survey=findings.survey)
+    if bar:
+        bar[0].close()
+    return found
+
+
+def _other(suspect: Suspect, args: argparse.Namespace) -> Purification:
+    """Any other defence, with its own settings."""
+    defence, started = DEFENCES[args.defence], time.monotonic()
+    config = defence.default
+    if args.epochs is not None:
+        if not hasattr(config, "epochs"):
+            raise ValueError(f"Expected no --epochs beside --defence {defence.name}, which counts "
+                             "none.")
+        config = dataclasses.replace(config, epochs=args.epochs)
+    with waiting(defence.name):
+        found = defence(suspect.params, suspect.batch, key=jax.random.key(args.seed), config=config)
+    return Purification(found.params, found.status, {}, time.monotonic() - started)
+
+
+def _interval(correct: int, count: int) -> dict[str, float]:
+    """A count with Wilson's 95% interval."""
+    from scipy import stats
+
+    low, high = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    return {"correct": correct, "count": count, "low": float(low), "high": float(high)}
+
+
+def _report(args: argparse.Namespace, suspect: Suspect, findings: Findings) -> dict[str, Any]:
+    """What the page shows of a scan."""
+    arch, found = suspect.params.arch, findings.survey
+    told = verdict.of(findings, len(suspect.batch.labels))
+    labels = np.asarray(suspect.batch.labels)
+    return {
+        "verdict": dataclasses.asdict(told),
+        "network": {"file": str(args.model), "format": suspect.source.kind, "arch": arch.name,
+                    "classes": arch.num_classes, "image_shape": list(arch.image_shape),
+                    "notes": list(suspect.notes)},
+        "images": {"count": len(labels), "classes": len(set(labels.tolist())),
+                   "note": suspect.images_note},
+        "classes": [str(i) for i in range(arch.num_classes)],
+        "scan": {"damage": found.damage.tolist(), "anomaly": findings.anomaly.tolist(),
+                 "suspect": (int(found.damage.argmax()) if told.level == "suspicious"
+                             and not findings.all_to_all else None),
+                 "all_to_all": findings.all_to_all, "stay": float(found.stay),
+                 "kept": float(found.kept), "concentration": float(findings.concentration),
+                 "universal_flips": float(findings.flips), "score": findings.score},
+    }
+
+
+def _triggers(findings: Findings) -> dict[str, np.ndarray]:
+    """The triggers that the report tells of, the suspect's first."""
+    found, order = findings.survey, np.argsort(-np.asarray(findings.survey.damage))
+    towards = {f"trigger towards class {c}": np.asarray(found.triggers[c]) for c in order[:3]}
+    apart = {"trigger that moves every class into another": np.asarray(found.dispersal)}
+    away = {"trigger away from the network's own answers": np.asarray(findings.universal)}
+    return {**apart, **towards, **away} if findings.all_to_all else {**towards, **apart, **away}
+
+
+def _pictures(suspect: Suspect, triggers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One of the given images, then each trigger, amplified, and on that image."""
+    from awm_jax.report.pictures import amplified
+
+    image = np.asarray(suspect.batch.images[0])
+    shown = {"one of the given images": image}
+    for name, delta in triggers.items():
+        shown[f"{name} (amplified, grey is none)"] = amplified(delta)
+        shown[f"the image with the {name}"] = np.clip(image + delta, 0, 1)
+    return shown
+
+
+def _flips(suspect: Suspect, triggers: dict[str, np.ndarray], purified: Params | None
+           ) -> list[dict[str, Any]]:
+    """Share of the given images that each trigger moves off the network's own answer."""
+    stack = jnp.asarray(np.stack([np.zeros_like(next(iter(triggers.values()))),
+                                  *triggers.values()]))
+    shares: list[list[float | None]] = []
+    for params in (suspect.params, purified):
+        if params is None:
+            shares.append([None] * len(triggers))
+            continue
+        own, *under = np.asarray(jax.jit(detection.answers)(
+            params, jnp.asarray(suspect.batch.images), stack))
+        shares.append([float((answer != own).mean()) for answer in under])
+    return [{"name": name, "before": before, "after": after}
+            for name, before, after in zip(triggers, *shares, strict=True)]
+
+
+def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findings: Findings,
+            purified: Params | None, started: float) -> None:
+    """Accuracy and flips before and after, then the report is written."""
+    triggers, count = _triggers(findings), len(suspect.batch.labels)
+    report["clean"] = {"before": _interval(suspect.correct(), count)}
+    if purified is not None:
+        report["clean"]["after"] = _interval(suspect.correct(purified), count)
+    report["flips"] = _flips(suspect, triggers, purified)
+    for row in report["flips"]:
+        after = "" if row["after"] is None else f" -> {100 * row['after']:.0f}%"
+        say(f"  {row['name']}: moves {100 * row['before']:.0f}%{after} of the given images")
+    report["reproduce"] = {
+        "command": " ".join(["python -m awm_jax", *sys.argv[1:]]), "versions": _versions(),
+        "seconds": time.monotonic() - started,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    page.write(path, report, _pictures(suspect, triggers))
+    say(f"The report is in {path} ({report['reproduce']['seconds']:.0f} s).")
+
+
+def _versions() -> dict[str, str]:
+    """What made the report."""
+    names = ("awm-jax", "jax", "jaxlib", "flax", "numpy")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}

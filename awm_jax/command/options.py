@@ -1,0 +1,43 @@
+"""What the options of every command share: checks, and errors in one line."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def positive(text: str) -> int:
+    """A whole number > 0."""
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'N' or 'HxW' as ``(height, width)``."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if found:
+        return int(found[1]), int(found[2] or found[1])
+    raise argparse.ArgumentTypeError(f"expected a number of pixels or HEIGHTxWIDTH, got {text!r}")
+
+
+class OneLine(argparse.ArgumentParser):
+    """Errors in one line, without the whole usage before them."""
+
+    def error(self, message):
+        """Prints the message and ends with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(prog: str, job: Callable[[], Any]) -> int:
+    """Does the job; errors of the user's making end in one line and status 2."""
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

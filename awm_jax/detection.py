@@ -1,0 +1,185 @@
+"""Is there a backdoor? What small triggers do to a network, read from a few clean images."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awm_jax import losses, models, projections, validate
+from awm_jax.defences import AWMConfig, awm_steps
+from awm_jax.defences.awm_config import Settings
+from awm_jax.defences.base import finite_weights
+from awm_jax.defences.neural_cleanse import anomaly_index
+from awm_jax.defences.survey import KEEPS_ABOVE, STAYS_BELOW, Survey
+from awm_jax.types import Batch, Params
+
+# Networks without a backdoor, trained here: the first class leads by 1.00 to 1.11 on GTSRB.
+LEADS_BY = 1.35
+_UNIVERSAL_STEPS = 50
+
+
+class Findings(NamedTuple):
+    """What a scan measures; a tree of arrays.
+
+    Args:
+      survey: one trigger a class, and what they do (`awm_jax.defences.survey.Survey`).
+      anomaly: ``[c]`` by how many standard deviations a class is driven farther than the median
+        one, on the logarithm of ``survey.damage``; negative where it is driven less far.
+      universal: ``[H, W, C]`` the trigger that leads away from the network's own answers.
+      flips: in [0, 1], the share of the given images whose answer it changes.
+      concentration: in [0, 1], the share of those that then get the same class; 0 without any.
+      arrivals: in [0, 1], the share of the given images, those it already has left out, that the
+        survey's most damaging trigger sends into its class.
+    """
+
+    survey: Survey
+    anomaly: jax.Array
+    universal: jax.Array
+    flips: jax.Array
+    concentration: jax.Array
+    arrivals: jax.Array
+
+    @property
+    def all_to_all(self) -> bool:
+        """Whether what stands out moves every class into another one."""
+        return int(self.survey.suspect) == len(self.survey.damage)
+
+    @property
+    def lead(self) -> float:
+        """How many times farther the most damaging trigger drives than the next class's, >= 1."""
+        second, first = np.sort(np.asarray(self.survey.damage))[-2:]
+        return float(first / max(second, 1e-6))
+
+    @property
+    def score(self) -> float:
+        """One number to rank networks by, >= 0: from 1 on, one class or a dispersal stands out.
+
+        ``log lead / log 1.35``, or ``.15 / stay`` where a dispersal keeps classes apart
+        (``kept > .5``), whichever is larger.
+        """
+        apart = float(self.survey.kept) > KEEPS_ABOVE
+        spread = STAYS_BELOW / max(float(self.survey.stay), 1e-6) if apart else 0.0
+        return max(math.log(self.lead) / math.log(LEADS_BY), spread)
+
+
+def signed_anomaly(damage: jax.Array) -> jax.Array:
+    """Neural Cleanse's anomaly index of ``log damage``, with the sign of the deviation.
+
+    Args:
+      damage: ``[c]`` > 0, in nats.
+
+    Returns:
+      ``[c]``.
+
+    Example:
+      >>> [round(v, 3) for v in signed_anomaly(jnp.exp(jnp.array([1., 2., 3., 4., 9.]))).tolist()]
+      [-1.349, -0.674, 0.0, 0.674, 4.047]
+
+    Reference: Wang et al. 2019, section IV-C, there on the norms of masks.
+    """
+    logs = jnp.log(jnp.maximum(damage, 1e-6))
+    return jnp.sign(logs - jnp.median(logs)) * anomaly_index(logs)
+
+
+def universal(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
+              settings: Settings, steps: int = _UNIVERSAL_STEPS) -> jax.Array:
+    """``max_{||d||_1 <= tau} CE(f(x + d), f(x))``: AWM's trigger phase on a network without masks.
+
+    Args:
+      key: PRNG key of minibatches.
+      params: the network.
+      images: ``[n, H, W, C]`` in [0, 1].
+      labels: ``[n]`` (not used: the network's own answers are).
+      settings: minibatches, and ``taus``, of which twice the first is the bound, as in the survey.
+      steps: normalised gradient steps, >= 1.
+
+    Returns:
+      ``[H, W, C]``.
+
+    Reference: AWM paper, eq. 4.2.
+    """
+    def step(delta, key):
+        x, _ = awm_steps._minibatch(key, images, labels, settings)
+        own = models.apply(params, x).argmax(axis=1)
+        gradient = jax.grad(lambda d: losses.cross_entropy(
+            models.apply(params, jnp.clip(x + d[None], 0, 1)), own))(delta)
+        ahead = projections.l1_ball(delta + projections.unit(gradient), 2 * settings.taus[0])
+        return jnp.clip(ahead, -1.0, 1.0), None
+
+    start = jnp.zeros(images.shape[1:], images.dtype)
+    return jax.lax.scan(step, start, jax.random.split(key, steps))[0]
+
+
+def answers(params: Params, images: jax.Array, triggers: jax.Array) -> jax.Array:
+    """The class each image gets under each trigger, ``[k, n]``.
+
+    Args:
+      params: the network.
+      images: ``[n, H, W, C]`` in [0, 1].
+      triggers: ``[k, H, W, C]``, each added to all images, which are then clipped.
+    """
+    return jax.lax.map(lambda d: models.apply(
+        params, jnp.clip(images + d[None], 0, 1)).argmax(axis=1), triggers)
+
+
+def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
+         settings: Settings) -> Findings:
+    """A whole scan as one traced function.
+
+    Args:
+      key: PRNG key.
+      params: the network.
+      images: ``[n, H, W, C]`` clean images in [0, 1].
+      labels: ``[n]`` their classes.
+      settings: of AWM's default variant, which has a survey.
+
+    Returns:
+      `Findings`.
+    """
+    found = awm_steps.look(key, params, images, labels, settings)
+    delta = universal(jax.random.fold_in(key, 1), params, images, labels, settings)
+    worst = found.damage.argmax()
+    own, under, driven = answers(params, images, jnp.stack(
+        [jnp.zeros_like(delta), delta, found.triggers[worst]]))
+    moved = under != own
+    counts = (jax.nn.one_hot(under, params.arch.num_classes) * moved[:, None]).sum(axis=0)
+    others = own != worst
+    return Findings(found, signed_anomaly(found.damage), delta, moved.mean(),
+                    counts.max() / jnp.maximum(moved.sum(), 1),
+                    ((driven == worst) & others).sum() / jnp.maximum(others.sum(), 1))
+
+
+_jit_look = jax.jit(look, static_argnames="settings")
+
+
+def scan(params: Params, batch: Batch, *, key: jax.Array | None = None,
+         config: AWMConfig | None = None) -> Findings:
+    """Looks for a backdoor with a few clean images, knowing neither trigger nor target.
+
+    Args:
+      params: the network.
+      batch: clean images ``[n, H, W, C]`` float32 in [0, 1] and labels ``[n]``.
+      key: PRNG key of minibatches; the same key gives the same findings.
+      config: AWM's default variant, whose survey and bounds are used.
+
+    Returns:
+      `Findings`, on the host.
+
+    Raises:
+      ValueError: images that do not fit the network, NaN in images or weights, or a variant of AWM
+        without a survey.
+
+    Example: `scan(params, batch).score`.
+    """
+    config = config or AWMConfig()
+    validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
+                             image_shape=params.arch.image_shape)
+    finite_weights(params)
+    settings = config.resolve(len(batch.images), params.arch.image_shape)
+    if not settings.survey_steps:
+        raise ValueError(f"Expected a variant with a survey, {config.variant} has none.")
+    key = jax.random.key(0) if key is None else key
+    return jax.device_get(_jit_look(key, params, jnp.asarray(batch.images, jnp.float32),
+                                    jnp.asarray(batch.labels, jnp.int32), settings))

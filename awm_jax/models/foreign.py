@@ -1,0 +1,213 @@
+"""Somebody else's Flax Linen module in place of a network of ours."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import core
+from flax import linen as nn
+from jax import lax
+
+from awm_jax import validate
+from awm_jax.models import ops
+from awm_jax.types import ForeignArch, Params
+
+# Names by which modules are told their mode, and what each is in training.
+_MODES = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
+    """The arguments that put a module into training or evaluation, by the names it has for them.
+
+    Args:
+      module: any module; ours all have ``train``.
+      train: whether dropout and batch statistics are wanted.
+
+    Returns:
+      Keyword arguments of its ``__call__``; none if it has no such argument.
+
+    Example:
+      >>> mode(nn.Dropout(0.1), train=True)
+      {'deterministic': False}
+    """
+    taken = inspect.signature(type(module).__call__).parameters
+    return {name: train is in_training for name, in_training in _MODES.items() if name in taken}
+
+
+def apply(module: nn.Module, variables: Any, images: jax.Array, *, train: bool,
+          **options: Any) -> Any:
+    """``module.apply`` in a mode, its plain convolutions lowered as ours are.
+
+    Args:
+      module: any module.
+      variables: its collections.
+      images: ``[B, H, W, C]``.
+      train: whether dropout and batch statistics are wanted.
+      **options: more arguments of ``module.apply``.
+
+    Returns:
+      What the module returns, and the mutable collections if there are any.
+
+    Example:
+      >>> apply(nn.Conv(4, (3, 3)), {'params': {'kernel': jnp.ones((3, 3, 1, 4)),
+      ...       'bias': jnp.zeros(4)}}, jnp.ones((2, 8, 8, 1)), train=False).shape
+      (2, 8, 8, 4)
+    """
+    with nn.intercept_methods(_lower_convolutions):
+        return module.apply(variables, images, **mode(module, train=train), **options)
+
+
+def _lower_convolutions(call, args, kwargs, context):
+    """Gives a convolution that asks for no lowering of its own ours, for the length of a call."""
+    layer = context.module
+    if (context.method_name != "__call__" or not isinstance(layer, nn.Conv)
+            or layer.conv_general_dilated or layer.conv_general_dilated_cls):
+        return call(*args, **kwargs)
+    # The layer is the copy that Flax bound for this application, frozen to its users alone.
+    object.__setattr__(layer, "conv_general_dilated", _conv)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "conv_general_dilated", None)
+
+
+def _conv(x, kernel, strides, padding, **options):
+    """`ops.flax_conv` where it gives what XLA's own convolution gives, and that elsewhere."""
+    groups = options["feature_group_count"]
+    plain = (x.ndim == 4 and x.dtype in (jnp.float32, jnp.float64)
+             and options["precision"] is None
+             and set(options["lhs_dilation"]) | set(options["rhs_dilation"]) == {1}
+             and groups in (1, x.shape[-1]) and (groups == 1 or kernel.shape[-1] == groups)
+             and (isinstance(padding, str) or min(p for pair in padding for p in pair) >= 0))
+    if plain:
+        return ops.flax_conv(x, kernel, strides, padding, **options)
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def params(module: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int],
+           mean: tuple[float, ...], std: tuple[float, ...]) -> Params:
+    """`Params.from_flax`; arguments, result and errors as there.
+
+    Example: `params(net, variables, image_shape=(8, 8, 3), mean=(0, 0, 0), std=(1, 1, 1))`.
+    """
+    module = _static(module)
+    name = f"flax:{type(module).__name__}"
+    image_shape = _image_shape(image_shape)
+    mean, std = _normalisation(mean, std, image_shape[2])
+    weights, batch_stats = _collections(name, variables)
+    num_classes = _classes(module, name, {"params": weights, "batch_stats": batch_stats},
+                           image_shape)
+    arch = ForeignArch(name=name, num_classes=num_classes, image_shape=image_shape, mean=mean,
+                       std=std, module=module)
+    return Params(weights, batch_stats, arch)
+
+
+def _static(module: Any) -> nn.Module:
+    """The module with tuples for lists, so that `jit` takes it; TypeError for what it cannot."""
+    if isinstance(module, type) and issubclass(module, nn.Module):
+        raise TypeError(f"Expected an instance of a Flax module, got the class {module.__name__}. "
+                        f"Give {module.__name__}(...).")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected a Flax Linen module (flax.linen.Module), got "
+                        f"{type(module).__name__}. Write the network as one.")
+    frozen = _frozen(module)
+    try:
+        hash(frozen)
+    except TypeError as error:
+        raise TypeError(f"Expected a module whose fields are all hashable, {type(module).__name__} "
+                        "has one that is not. Make arrays in __call__ or setup instead.") from error
+    return frozen
+
+
+def _frozen(value: Any) -> Any:
+    """Tuples for lists and frozen dictionaries for others, also in modules that are fields."""
+    if isinstance(value, list) or type(value) is tuple:
+        new = tuple(map(_frozen, value))
+        same = type(value) is tuple and all(a is b for a, b in zip(new, value, strict=True))
+        return value if same else new
+    if isinstance(value, dict):
+        return core.freeze({key: _frozen(inner) for key, inner in value.items()})
+    if isinstance(value, nn.Module):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)
+                  if field.init and field.name not in ("parent", "name")}
+        frozen = {name: _frozen(inner) for name, inner in fields.items()}
+        # Only where it must be: a module that two others share would become two.
+        changed = {name: inner for name, inner in frozen.items() if inner is not fields[name]}
+        return value.clone(**changed) if changed else value
+    return value
+
+
+def _image_shape(image_shape: Any) -> tuple[int, int, int]:
+    """``(height, width, channels)`` as integers; ValueError for what is none."""
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(float(n).is_integer() and n >= 1 for n in shape):
+        raise ValueError(f"Expected image_shape={image_shape} to be (height, width, channels), "
+                         "each at least 1.")
+    height, width, channels = map(int, shape)
+    return height, width, channels
+
+
+def _normalisation(mean: Any, std: Any, channels: int
+                   ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and scale as tuples; ValueError where they do not fit the channels."""
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    for scale in std:
+        validate.positive(std=scale)
+    used = any(mean) or any(s != 1.0 for s in std)  # the default is for any number of channels
+    if used and not len(mean) == len(std) == channels:
+        raise ValueError(f"Expected {mean=} and {std=} to have a number for each of {channels} "
+                         "channels.")
+    return mean, std
+
+
+def _collections(name: str, variables: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Weights and BatchNorm statistics in float32; ValueError for anything else."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(f"Expected the variables of {name}, with a collection 'params', got "
+                         f"{_described(variables)}. Give what module.init returned.")
+    others = sorted(set(variables) - set(_COLLECTIONS))
+    if others:
+        raise ValueError(f"Expected no collections but params and batch_stats in the variables of "
+                         f"{name}, got also {', '.join(others)}. Leave out what a call does not "
+                         "need (module.init adds what is sown); others cannot be kept.")
+    found = nn.unbox({key: core.unfreeze(variables.get(key, {})) for key in _COLLECTIONS})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        kind = getattr(leaf, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"Expected arrays of floats in the variables of {name}, {where} is "
+                             f"{kind or type(leaf).__name__}.")
+    found = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
+    return found["params"], found["batch_stats"]
+
+
+def _described(variables: Any) -> str:
+    """A few words on what was given as variables."""
+    if isinstance(variables, Mapping):
+        return f"collections {', '.join(map(str, variables)) or '(none)'}"
+    return type(variables).__name__
+
+
+def _classes(module: nn.Module, name: str, variables: Any,
+             image_shape: tuple[int, int, int]) -> int:
+    """How many logits the module returns; ValueError where it returns none, or cannot be run."""
+    # Two images: with one, [B, c] and [c, B] could not be told apart from [1, c] of something else.
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    size = "x".join(map(str, image_shape))
+    try:
+        found = jax.eval_shape(lambda v, x: apply(module, v, x, train=False), variables, images)
+    except Exception as error:  # whatever the module's own code raises
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {name} to take these variables and images of {size}, in "
+                         f"evaluation, with no more arguments: {type(error).__name__}: "
+                         f"{reason[:300]}") from error
+    shape = getattr(found, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != 2 or shape[1] < 2:
+        got = type(found).__name__ if shape is None else f"{list(shape)} for two images"
+        raise ValueError(f"Expected {name} to return logits [B, c], c >= 2, of images of {size}, "
+                         f"got {got}. Wrap it in a module that does.")
+    return int(shape[1])

@@ -1,0 +1,159 @@
+"""How well a scan tells backdoored networks from clean ones: trains both, scans all, gives the AUC.
+
+    python -m experiments.detection --attack badnets,blended,wanet --networks 5
+    python -m experiments.detection --dataset gtsrb --data_dir DIR --attack all --networks 1
+
+Networks are cached; the clean ones differ by their seed alone. A scan sees the network and one
+clean image of each class (or ``--samples``).
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from awm_jax import data, detection
+from awm_jax.defences import AWMConfig
+from experiments import cli, results, scene
+
+_LEARNT = 50.0  # ASR in percent: below it a network has hardly a backdoor to be found
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = cli.scene_parser("python -m experiments.detection",
+                         "Scan networks with and without a backdoor, and report how well the "
+                         "scan tells them apart.")
+    p.add_argument("--networks", type=cli.positive, default=5,
+                   help="networks of each attack, and clean ones (default: %(default)s)")
+    p.add_argument("--clean", type=cli.positive, help="clean networks (default: --networks)")
+    p.add_argument("--samples", type=cli.samples, default="one-shot",
+                   help="clean images for the scan (default: %(default)s)")
+    p.add_argument("--out", type=pathlib.Path,
+                   help="run directory (default: runs/detection-DATASET-ARCH)")
+    return p
+
+
+def auc(negative: list[float], positive: list[float]) -> float | None:
+    """Area under the ROC curve: the share of pairs in the right order, ties half.
+
+    Args:
+      negative: scores of clean networks.
+      positive: of backdoored ones.
+
+    Returns:
+      In [0, 1]; None without a pair.
+
+    Example:
+      >>> auc([1.0, 2.0], [2.0, 3.0])
+      0.875
+    """
+    if not negative or not positive:
+        return None
+    below, above = np.asarray(negative)[:, None], np.asarray(positive)[None]
+    return float(((below < above) + 0.5 * (below == above)).mean())
+
+
+def _row(name: str, seed: int, asr: float | None, on_stage: scene.Scene,
+         samples: str | int) -> dict[str, Any]:
+    """One network's scan."""
+    batch, _ = on_stage.clean(seed, samples)
+    found = detection.scan(on_stage.params, batch, key=jax.random.key(seed),
+                           config=AWMConfig(flip=on_stage.dataset.flip))
+    top = int(found.survey.damage.argmax())
+    return {"attack": name, "seed": seed, "asr": asr, "score": found.score, "lead": found.lead,
+            "anomaly": float(found.anomaly.max()), "all_to_all": found.all_to_all,
+            "first": top, "stay": float(found.survey.stay), "kept": float(found.survey.kept),
+            "flips": float(found.flips), "concentration": float(found.concentration),
+            "arrivals": float(found.arrivals)}
+
+
+def _auc_of(rows: list[dict], what: str, attack: str | None = None) -> float | None:
+    """AUC of one figure over the networks that learnt their backdoor, of one attack or all."""
+    clean = [row[what] for row in rows if row["attack"] == "none"]
+    found = [row[what] for row in rows if row["attack"] in ((attack,) if attack else _attacks(rows))
+             and row["asr"] >= _LEARNT]
+    return auc(clean, found)
+
+
+def _attacks(rows: list[dict]) -> list[str]:
+    """The attacks in order."""
+    return list(dict.fromkeys(row["attack"] for row in rows if row["attack"] != "none"))
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: an attack a row, with the share called suspicious and the AUC against clean ones.
+
+    Args:
+      rows: as in networks.json.
+
+    Returns:
+      The table; networks with an ASR under 50% count for no AUC.
+    """
+    def number(value):
+        return "-" if value is None else f"{value:.2f}"
+
+    lines = ["| attack | networks | mean ASR | ASR >= 50 | scores, from to | suspicious | AUC |",
+             "|" + "---|" * 7]
+    for name in ["none", *_attacks(rows)]:
+        own = [row for row in rows if row["attack"] == name]
+        learnt = [row for row in own if row["asr"] is None or row["asr"] >= _LEARNT]
+        scores = [row["score"] for row in learnt]
+        asr = "-" if name == "none" else f"{np.mean([row['asr'] for row in own]):.1f}"
+        span = f"{min(scores):.2f} to {max(scores):.2f}" if scores else "-"
+        lines.append(
+            f"| {name} | {len(own)} | {asr} | {'-' if name == 'none' else len(learnt)} | {span} | "
+            f"{sum(score >= 1 for score in scores)} of {len(scores)} | "
+            f"{'-' if name == 'none' else number(_auc_of(rows, 'score', name))} |")
+    lines.append("")
+    lines.append("AUC over all networks with an ASR of 50% or more: " + ", ".join(
+        f"{what} {number(_auc_of(rows, what))}"
+        for what in ("score", "lead", "anomaly", "concentration", "arrivals")) + ".")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The whole job; returns the rows of networks.json."""
+    dataset = cli.load(args)
+    if args.checkpoint is not None:
+        raise ValueError("Expected no --checkpoint: `python -m awm_jax scan` scans one network.")
+    scene.check(args, dataset, (args.samples,))
+    cache = data.cache_directory() / "networks"
+    folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
+    rows: list[dict] = []
+    wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}
+    first = args.network_seed
+    for seed, name in ((first + i, name) for i in range(max(wanted.values()))
+                       for name, count in wanted.items() if i < count):
+        args.network_seed = seed
+        on_stage = (scene.alone(args.attack[0], args, dataset, cache) if name == "none" else
+                    scene.make(name, args, dataset, cache))
+        asr = None if name == "none" else on_stage.before.asr
+        rows.append(_row(name, seed, asr, on_stage, args.samples))
+        _tell(rows[-1])
+        results.write_json(folder / "networks.json", {
+            **results.about(dataset), "arch": args.arch, "versions": results.versions(),
+            "command": " ".join(["python -m experiments.detection", *sys.argv[1:]]), "rows": rows})
+        (folder / "networks.md").write_text(table(rows) + "\n")
+    print(f"\n{table(rows)}\n\nEverything is in {folder}/ (networks.json, networks.md).")
+    return rows
+
+
+def _tell(row: dict) -> None:
+    """A line about one network."""
+    asr = "" if row["asr"] is None else f" (ASR {row['asr']:.1f})"
+    print(f"{row['attack']}, seed {row['seed']}{asr}: score {row['score']:.2f}, lead "
+          f"{row['lead']:.2f}, all-to-all {row['all_to_all']}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = _parser().parse_args(argv)
+    return cli.run("experiments.detection", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

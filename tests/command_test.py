@@ -1,0 +1,191 @@
+"""``awm-jax scan`` and ``purify``: a network from a file to a verdict, a network and a report."""
+
+import dataclasses
+import json
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from awm_jax import checkpoint, masks, metrics, models
+from awm_jax.command import jobs, main, normalisation
+from awm_jax.defences import Status
+from awm_jax.types import Batch
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, tiny):
+    """A network and images that it gives their class: as many of each of its four."""
+    folder = tmp_path_factory.mktemp("desk")
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (400, 1, 1, 3)) + rng.integers(-40, 40, (400, 8, 8, 3))
+    images = np.clip(colours, 0, 255).astype(np.uint8)
+    pixels = jnp.asarray(images, jnp.float32) / 255
+    dense = tiny.weights["dense"]  # each class as likely as the others
+    dense = {**dense, "bias": dense["bias"] - models.apply(tiny, pixels).mean(axis=0)}
+    network = dataclasses.replace(tiny, weights={**tiny.weights, "dense": dense})
+    checkpoint.save(folder / "net", network)
+    found = metrics.predict(network, pixels)
+    for label in range(4):
+        own = np.flatnonzero(found == label)[:3]
+        assert len(own) == 3, f"no three images of class {label}"
+        (folder / "images" / str(label)).mkdir(parents=True)
+        for i in own:
+            Image.fromarray(images[i]).save(folder / "images" / str(label) / f"{i}.png")
+    return folder
+
+
+def test_purify_writes_a_network_and_a_report(desk, tiny, capsys):
+    out = desk / "purified"
+    before = checkpoint.load(desk / "net")[0]
+    assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out", str(out),
+                 "--epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "12 of 12 images their class" in said and "awm:" in said and "purifying: 2/2" in said
+    purified = checkpoint.load(out)[0]
+    assert purified.arch == before.arch
+    kernels = [p.weights["conv1"]["kernel"] for p in (before, purified)]
+    assert (np.abs(kernels[1]) <= np.abs(kernels[0]) + 1e-7).all()
+    assert np.abs(kernels[1] - kernels[0]).max() > 0
+    for name in ("bn1", "dense"):
+        for a, b in zip(*(jax.tree.leaves(p.weights[name]) for p in (before, purified)),
+                        strict=True):
+            np.testing.assert_array_equal(a, b)
+    again = jax.tree.leaves(checkpoint.load(desk / "net")[0])
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(before), again, strict=True))
+    report = json.loads((desk / "purified-report.json").read_text())
+    correct = int((metrics.predict(purified, _images(desk).images) == _images(desk).labels).sum())
+    assert report["clean"]["after"]["correct"] == correct
+    assert report["clean"]["before"]["correct"] == 12 and report["clean"]["before"]["high"] == 1.0
+    assert set(report["layers"]) == {"conv1", "conv2"}
+    assert all(sum(row) == pytest.approx(100) for row in report["layers"].values())
+    page = (desk / "purified-report.html").read_text()
+    assert "purify" in report["reproduce"]["command"] or report["reproduce"]["command"]
+    assert report["verdict"]["headline"].split(":")[0] in page
+    assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out", str(out),
+                 "--epochs", "2"]) == 2
+    assert str(out) in capsys.readouterr().err
+
+
+def _images(desk):
+    files = sorted((desk / "images").rglob("*.png"), key=lambda f: (f.parent.name, f.name))
+    return Batch(np.stack([np.asarray(Image.open(f), np.float32) / 255 for f in files]),
+                 np.array([int(f.parent.name) for f in files]))
+
+
+def test_a_run_that_loses_the_images_is_stopped(desk, monkeypatch, tmp_path, capsys):
+    """Pretended: the accuracy that is watched falls by over a tenth in the second stretch."""
+    shares, heard = iter([1.0, 0.95, 0.5]), []
+
+    def purify(params, batch, *, on_epochs, survey, **options):
+        assert survey is not None  # the scan's, which need not be made twice
+        latest = {"clean_loss": 1.0, "trigger_loss": 1.0}
+        heard.extend(on_epochs(done, 3, types.SimpleNamespace(masks=masks.init(params.weights)),
+                               latest) for done in (1, 2))
+        return types.SimpleNamespace(params=params, masks=masks.init(params.weights),
+                                     status=Status.OK)
+
+    monkeypatch.setattr(jobs, "_accuracy", lambda *args: next(shares))
+    monkeypatch.setattr(jobs.awm_purify, "purify", purify)
+    assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out",
+                 str(tmp_path / "out")]) == 0
+    assert heard == [False, True]
+    report = json.loads((tmp_path / "out-report.json").read_text())
+    assert "stopped in epoch 2 of 3: 50%" in report["defence"]["advice"]
+    assert "stopped in epoch 2 of 3: 50%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("each, held_out", [(10, 20), (9, 0), (11, 24)])
+def test_half_of_each_class_is_held_out_where_there_are_enough(tiny, each, held_out):
+    """Ten of each of four classes, or none; an odd one out is held out too."""
+    labels = np.repeat(np.arange(4), each)
+    suspect = types.SimpleNamespace(params=tiny, batch=Batch(np.zeros((len(labels), 8, 8, 3)),
+                                                             labels))
+    mine, others = jobs._held_out(suspect, 0)
+    assert len(others) == held_out and sorted([*mine, *others]) == list(range(len(labels)))
+    assert np.bincount(labels[mine]).tolist() == [each - held_out // 4] * 4
+    again, other = (jobs._held_out(suspect, seed)[0].tolist() for seed in (0, 1))
+    assert again == mine.tolist() and (other != again) == bool(held_out)
+
+
+def test_scan_with_another_defences_refusals(desk, capsys):
+    argv = ["scan", str(desk / "net"), "--images", str(desk / "images"), "--report",
+            str(desk / "scan.html")]
+    assert main(argv) == 0
+    report = json.loads((desk / "scan.json").read_text())
+    assert report["verdict"]["level"] in ("suspicious", "unclear", "clean-looking")
+    assert "after" not in report["clean"] and "defence" not in report
+    assert len(report["scan"]["damage"]) == 4 and len(report["flips"]) == 5
+    assert report["verdict"]["level"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model": "nowhere.pth"}, ["nowhere.pth"]),
+    ({"model": "text.pth"}, ["text.pth"]),
+    ({"model": "images"}, ["images"]),
+    ({"images": "nowhere"}, ["nowhere"]),
+    ({"images": "empty"}, ["empty"]),
+    ({"images": "few"}, ["each of the 4 classes", "2, 3", "--force"]),
+    ({"images": "wrong"}, ["most of the given images", "--force"]),
+    ({"images": "out_of_range"}, ["9", "0"]),
+    ({"images": "named"}, ["Expected 4 folders", "found 3", "numbers"]),
+    ({"images": "broken"}, ["0.png"]),
+    ({"images": "table.csv"}, ["table.csv"]),
+    ({"out": "net"}, ["net"]),
+    ({"out": "there.pth"}, ["there.pth"]),
+    ({"out": "new.onnx"}, [".pth", ".safetensors"]),
+    ({"--report": "page.pdf"}, [".html"]),
+    ({"--defence": "pepper"}, ["ibau", "pepper"]),
+    ({"--defence": "abl"}, ["ibau", "abl"]),
+    ({"--normalise": "help"}, ["imagenet", "0.485"]),
+    ({"--arch": "vgg99"}, ["resnet18"]),
+    ({"--image_size": "64"}, ["64"]),
+])
+def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, words, capsys):
+    _spoil(desk, tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    values = {"model": "net", "images": "images", "out": "new", **change}
+    argv = ["purify", str(tmp_path / values.pop("model")), "--images",
+            str(tmp_path / values.pop("images")), "--out", str(tmp_path / values.pop("out"))]
+    for name, value in values.items():
+        argv += [name, str(tmp_path / value) if name == "--report" else value]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("awm-jax purify: error: ")
+    assert all(word in err for word in words), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def _spoil(desk, folder):
+    """A desk with everything that can be wrong on it."""
+    shutil.copytree(desk / "net", folder / "net")
+    shutil.copytree(desk / "images", folder / "images")
+    (folder / "text.pth").write_text("<html>not found</html>")
+    (folder / "there.pth").write_bytes(b"precious")
+    (folder / "empty").mkdir()
+    for name, names in (("few", (0, 1)), ("out_of_range", (0, 1, 2, 9)),
+                        ("named", ("cat", "dog", "elk"))):
+        for i, called in enumerate(names):
+            shutil.copytree(desk / "images" / str(i), folder / name / str(called))
+    for i in range(4):
+        shutil.copytree(desk / "images" / str(i), folder / "wrong" / str((i + 1) % 4))
+        shutil.copytree(desk / "images" / str(i), folder / "broken" / str(i))
+    (folder / "broken" / "0" / "0.png").write_bytes(b"\x89PNG nothing more")
+    (folder / "table.csv").write_text("file,label\n../outside.png,0\n")
+
+
+def test_normalisation_is_told_by_what_the_network_then_says(tiny):
+    """A network that expects (x - .5) / .5 errs on plain images, and is recognised."""
+    rng = np.random.default_rng(1)
+    images = jnp.asarray(rng.random((200, 8, 8, 3)), jnp.float32)
+    labels = jnp.asarray(metrics.predict(normalisation.with_known(tiny, "half"), images))
+    told = normalisation.tell(tiny, Batch(images, labels))
+    assert told.name == "half" and told.accuracy["half"] == 1.0 > told.accuracy["none"]
+    assert "'half'" in told.note and "none" in told.note
+    np.testing.assert_allclose(
+        models.apply(normalisation.with_known(tiny, "half"), images),
+        models.apply(tiny, (images - 0.5) / 0.5), rtol=1e-5, atol=1e-5)

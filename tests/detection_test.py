@@ -1,0 +1,102 @@
+"""A scan: its score by hand, its bounds, its words; and the AUC of the experiment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from awm_jax import detection, models
+from awm_jax.command import verdict
+from awm_jax.defences import AWMConfig
+from awm_jax.defences.neural_cleanse import anomaly_index
+from awm_jax.defences.survey import Survey
+from awm_jax.detection import Findings
+from experiments import detection as experiment
+
+
+def _findings(damage, stay=0.5, kept=1.0):
+    shape = (2, 2, 1)
+    damage = jnp.asarray(damage)
+    return Findings(Survey(jnp.zeros((len(damage), *shape)), damage, jnp.zeros(shape),
+                           jnp.array(stay), jnp.array(kept)), detection.signed_anomaly(damage),
+                    jnp.zeros(shape), jnp.array(0.9), jnp.array(1.0), jnp.array(0.8))
+
+
+@pytest.mark.parametrize("damage, stay, kept, score, level", [
+    ([1.0, 1.35, 0.5], 0.5, 1.0, 1.0, "suspicious"),  # log 1.35 / log 1.35
+    ([1.0, 1.0, 0.5], 0.5, 1.0, 0.3, "clean-looking"),  # .15 / .5, no lead at all
+    ([1.0, 1.0, 0.5], 0.5, 0.2, 0.0, "clean-looking"),  # the classes fell together
+    ([1.0, 1.35**0.75, 0.5], 0.5, 0.2, 0.75, "unclear"),
+    ([1.0, 1.0, 0.5], 0.05, 0.9, 3.0, "suspicious"),
+])
+def test_the_score_by_hand(damage, stay, kept, score, level):
+    found = _findings(damage, stay, kept)
+    assert found.score == pytest.approx(score, abs=1e-5)
+    told = verdict.of(found._replace(), 10)
+    if score != 1.0:  # rounding decides at the threshold itself
+        assert told.level == level
+    assert told.headline and told.reasons and "10 images" in told.limits[0]
+    assert found.all_to_all == (stay < 0.15 and kept > 0.5)
+
+
+def test_anomaly_is_neural_cleanses_with_a_sign():
+    damage = np.random.default_rng(0).uniform(1, 9, 12)
+    found = detection.signed_anomaly(jnp.asarray(damage))
+    np.testing.assert_allclose(np.abs(found), anomaly_index(jnp.log(damage)), rtol=1e-5)
+    np.testing.assert_array_equal(np.sign(found), np.sign(np.log(damage)
+                                                          - np.median(np.log(damage))))
+
+
+@pytest.fixture(scope="module")
+def scanned(tiny, small_batch):
+    return detection.scan(tiny, small_batch, config=AWMConfig(tau=200.0), key=jax.random.key(1))
+
+
+def test_shares_are_what_the_triggers_do(tiny, small_batch, scanned):
+    images = jnp.asarray(small_batch.images)
+
+    def answers(delta):
+        return np.asarray(models.apply(tiny, jnp.clip(images + delta[None], 0, 1)).argmax(axis=1))
+
+    own, under = answers(np.zeros((8, 8, 3))), answers(scanned.universal)
+    moved = under != own
+    assert float(scanned.flips) == pytest.approx(moved.mean())
+    assert moved.any()
+    most = np.bincount(under[moved]).max()
+    assert float(scanned.concentration) == pytest.approx(most / moved.sum())
+    worst = int(scanned.survey.damage.argmax())
+    driven = answers(scanned.survey.triggers[worst])
+    others = own != worst
+    assert float(scanned.arrivals) == pytest.approx((driven[others] == worst).mean())
+
+
+def test_bounds_and_keys(tiny, small_batch, scanned):
+    bound = 2 * 200.0 * 64 / 1024
+    assert 0 < np.abs(scanned.universal).sum() <= bound * (1 + 1e-5)
+    again = detection.scan(tiny, small_batch, config=AWMConfig(tau=200.0), key=jax.random.key(1))
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_cannot_be_scanned_is_refused(tiny, small_batch):
+    with pytest.raises(ValueError, match="paper has none"):
+        detection.scan(tiny, small_batch, config=AWMConfig(variant="paper"))
+    with pytest.raises(ValueError, match="normalisation"):
+        detection.scan(tiny, small_batch._replace(images=small_batch.images * 3))
+
+
+def test_auc_and_table():
+    rng = np.random.default_rng(0)
+    clean, found = rng.normal(size=9).tolist(), (rng.normal(size=7) + 1).tolist()
+    from sklearn.metrics import roc_auc_score
+
+    expected = roc_auc_score([0] * 9 + [1] * 7, clean + found)
+    assert experiment.auc(clean, found) == pytest.approx(expected)
+    assert experiment.auc([], found) is None
+    shared = {"lead": 1.0, "anomaly": 1.0, "concentration": 1.0, "arrivals": 1.0}
+    rows = [{"attack": "none", "asr": None, "score": 0.2, **shared},
+            {"attack": "badnets", "asr": 99.0, "score": 1.2, **shared},
+            {"attack": "badnets", "asr": 10.0, "score": 0.1, **shared}]
+    text = experiment.table(rows)
+    assert "| badnets | 2 | 54.5 | 1 | 1.20 to 1.20 | 1 of 1 | 1.00 |" in text
+    assert "| none | 1 | - | - | 0.20 to 0.20 | 0 of 1 | - |" in text

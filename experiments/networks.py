@@ -173,6 +173,8 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
 
     params = training.train(key_train, images, labels, arch, config, state=state,
                             attacker=attacker, attacker_state=begin, on_epoch=on_epoch)
+    if checkpoint.exists(folder / "network"):  # another process was at it too, and was faster
+        return checkpoint.load(folder / "network")[0]
     checkpoint.save(folder / "network", params, dataclasses.asdict(spec))
     return params
 

@@ -37,7 +37,7 @@ def test_every_second_trigger_pursues_the_suspect(tiny, small_batch):
         problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
                                      jnp.array(suspect), settings)
         delta = problem.start(None, epoch, outer)
-        for key in jax.random.split(jax.random.key(1), 8):
+        for key in jax.random.split(jax.random.key(1), 4):
             delta = problem.ascend(key, epoch, delta, outer)
         return delta
 

@@ -14,7 +14,6 @@ from awm_jax.defences import awm_steps
 from awm_jax.types import Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
-VARIANTS = ["distilled", "paper", "official"]
 
 
 def _config(variant, **overrides):
@@ -25,7 +24,7 @@ def _numbers(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["distilled", "paper"])  # conformance has the third
 def test_masks_bound_and_history(variant, tiny, small_batch):
     config = _config(variant)
     out = awm_jax.purify(tiny, small_batch, config=config)

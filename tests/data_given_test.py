@@ -230,7 +230,8 @@ def test_a_csv_cannot_name_files_outside_its_folder(name, what, tmp_path):
     name = name.format(root=tmp_path)
     _image(tmp_path / "set2" / "a.png")  # its path begins with the folder's
     table = _escape(tmp_path, name)
-    _refused(table, f"{table}, line 3, got {name}, which {what}", "relative to it")
+    # Of a long name the beginning is shown.
+    _refused(table, f"{table}, line 3, got {name[:77]}", f", which {what}", "relative to it")
 
 
 def test_detours_and_links_within_the_folder_are_no_escape(tmp_path):

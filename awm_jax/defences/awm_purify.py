@@ -82,7 +82,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
       >>> arch = Arch(name='cnn', num_classes=2, image_shape=(16, 16, 3))
       >>> params = models.create(jax.random.key(0), arch)
       >>> batch = Batch(jnp.full((2, 16, 16, 3), .5), jnp.array([0, 1]))
-      >>> config = AWMConfig(epochs=1, inner_steps=1, outer_steps=1, batch_size=2)
+      >>> config = AWMConfig(variant='paper', epochs=1, inner_steps=1, outer_steps=1)
       >>> purify(params, batch, config=config).status.name in Status.__members__
       True
 

@@ -52,7 +52,7 @@ CASES = {
 EVERY = pytest.mark.parametrize("name", list(DEFENCES), scope="module")
 # A variant of AWM or of I-BAU is the same program with other constants: one speaks for them.
 PROGRAMS = pytest.mark.parametrize("name", [
-    name for name, defence in DEFENCES.items() if name in ("awm", "awm_paper", "ibau")
+    name for name, defence in DEFENCES.items() if name in ("awm", "ibau")
     or defence.method not in (DEFENCES["awm_paper"].method, DEFENCES["ibau"].method)],
     scope="module")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import checkpoint, file_kinds, models, torch_compat, validate
+from awm_jax import checkpoint, file_kinds, models, torch_compat, torch_layouts, validate
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
 
@@ -81,7 +81,7 @@ def write(path: Path, params: Params, source: Source, *, overwrite: bool = False
     """Writes a network as its source was written, or in another format; whole or not at all.
 
     Names, order, dtypes and batch counters are the source's where it holds tensors; a PyTorch
-    file's wrapper and ``module.`` prefixes and a safetensors file's metadata go to the same format
+    file's wrapper and its names' prefixes and a safetensors file's metadata go to the same format
     only. ``arch.mean`` and ``arch.std`` have a place in a directory alone.
 
     Args:
@@ -214,13 +214,13 @@ def _check_wanted(arch: str | None, image_size: tuple[int, int] | None) -> None:
 
 
 def _tensors(path: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
-    """A file's tensors, ``module.`` prefixes dropped; bfloat16 and float16 as they are."""
+    """A file's tensors, prefixes of wrappers dropped; bfloat16 and float16 as they are."""
     with _about(path):
         if kind == "pytorch":
             found = torch_compat.arrays_from_state_dict(torch_compat.load_state_dict(path))
         else:
-            found = {name.removeprefix("module."): value
-                     for name, value in _read_safetensors(path)[0].items()}
+            found = _read_safetensors(path)[0]
+            found = torch_layouts.without(torch_layouts.prefix(found), found)
         for name, value in found.items():
             floats = jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1
             if not floats and not name.endswith("num_batches_tracked"):
@@ -253,8 +253,8 @@ def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray], source
     metadata = {"format": "pt"}  # what PyTorch's readers look for
     if source.kind == "safetensors":
         theirs, metadata = _read_safetensors(source.path)
-        if all(name.startswith("module.") for name in theirs):
-            arrays = {f"module.{name}": value for name, value in arrays.items()}
+        prefix = torch_layouts.prefix(theirs)
+        arrays = {prefix + name: value for name, value in arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

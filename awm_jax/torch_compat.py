@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from awm_jax import torch_layouts
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
 
@@ -99,7 +100,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
 
     Args:
       path: a .pth or .pt file: a state_dict, or a dictionary that holds one as ``net``,
-        ``state_dict``, ``model`` or ``model_state_dict``; ``module.`` prefixes are dropped.
+        ``state_dict``, ``model`` or ``model_state_dict``; what wrappers put before all
+        names is dropped, see `awm_jax.torch_layouts.prefix`.
 
     Returns:
       Names to tensors.
@@ -112,7 +114,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
     Example: `load_state_dict('network.pth')['classifier.weight'].shape`.
     """
     state, _ = _unwrap(_read(path))
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return torch_layouts.without(torch_layouts.prefix(state), state)
 
 
 def detect(state: Mapping[str, Any]) -> str:
@@ -379,11 +381,9 @@ def save(path: str | os.PathLike, params: Params,
             raise ValueError(f"Expected another path than the template's, {path}: it is kept.")
         content = _read(template_path)
         state, wrapper = _unwrap(content)
-        prefixed = all(name.startswith("module.") for name in state)
-        plain = {name.removeprefix("module."): value for name, value in state.items()}
-        new = state_dict_from_params(params, plain)
-        if prefixed:
-            new = {f"module.{name}": value for name, value in new.items()}
+        prefix = torch_layouts.prefix(state)
+        new = state_dict_from_params(params, torch_layouts.without(prefix, state))
+        new = {prefix + name: value for name, value in new.items()}
         content = new if wrapper is None else {**content, wrapper: new}
     else:
         content = {n: _tensor(v) for n, v in arrays_from_params(params, template).items()}

@@ -1,8 +1,8 @@
 """Where each tensor of a PyTorch network goes: names, paths, layouts. Needs no PyTorch."""
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from awm_jax import models, validate
 from awm_jax.types import Arch
@@ -156,3 +156,39 @@ def entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
         return _cnn_entries(arch.image_shape)
     shortcut = "downsample" if any(".downsample." in n for n in names) else "shortcut"
     return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")
+
+
+# DataParallel, torch.compile, and the usual name of the network in a Lightning module.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def prefix(names: Iterable[str]) -> str:
+    """What wrappers have put before every tensor's name, any number of them; mostly nothing.
+
+    Args:
+      names: of a state_dict.
+
+    Returns:
+      The prefix, '' without any.
+
+    Example:
+      >>> prefix(['model._orig_mod.conv1.weight', 'model._orig_mod.conv1.bias'])
+      'model._orig_mod.'
+    """
+    names, found = list(names), ""
+    while names:
+        longer = [found + p for p in _PREFIXES if all(n.startswith(found + p) for n in names)]
+        if not longer:
+            break
+        found = longer[0]
+    return found
+
+
+def without(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict whose names have lost a prefix that all of them have.
+
+    Example:
+      >>> without('module.', {'module.a': 1})
+      {'a': 1}
+    """
+    return {name[len(prefix):]: value for name, value in state.items()}

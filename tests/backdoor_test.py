@@ -13,7 +13,7 @@ from awm_jax.data import splits
 from awm_jax.types import Arch
 from experiments import backdoor, networks, scene
 
-ARGV = ["--epochs", "1", "--attack", "badnets,wanet"]
+ARGV = ["--epochs", "1", "--attack", "badnets,wanet", "--arch", "tiny_cnn"]
 
 
 def test_scores_each_network_and_a_benign_one_and_keeps_them(tiny_dataset, capsys, monkeypatch):
@@ -63,7 +63,7 @@ class _Blank(NamedTuple):
 def test_covered_images_are_counted_by_their_true_class(tiny_dataset):
     """Black images all get one class, whose share of the images is the accuracy."""
     digits = data.load("digits")
-    arch = Arch(name="small_vgg", num_classes=10, image_shape=(8, 8, 3))
+    arch = Arch(name="tiny_cnn", num_classes=10, image_shape=(8, 8, 3))
     params = models.create(jax.random.key(0), arch)
     attack = attacks.Attack("blank", _Blank(jnp.zeros(())), 0, 10, cover_ratio=1.0)
     on_stage = scene.Scene("blank", params, attack, digits, splits.defender_split(digits), None)

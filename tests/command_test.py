@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import types
 
@@ -64,7 +65,8 @@ def test_purify_writes_a_network_and_a_report(desk, tiny, capsys):
     assert set(report["layers"]) == {"conv1", "conv2"}
     assert all(sum(row) == pytest.approx(100) for row in report["layers"].values())
     page = (desk / "purified-report.html").read_text()
-    assert "purify" in report["reproduce"]["command"] or report["reproduce"]["command"]
+    command = shlex.split(report["reproduce"]["command"])
+    assert command[:4] == ["python", "-m", "awm_jax", "purify"] and str(out) in command
     assert report["verdict"]["headline"].split(":")[0] in page
     assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out", str(out),
                  "--epochs", "2"]) == 2
@@ -112,7 +114,7 @@ def test_half_of_each_class_is_held_out_where_there_are_enough(tiny, each, held_
     assert again == mine.tolist() and (other != again) == bool(held_out)
 
 
-def test_scan_with_another_defences_refusals(desk, capsys):
+def test_scan_writes_a_report_and_never_over_what_is_none(desk, tmp_path, capsys):
     argv = ["scan", str(desk / "net"), "--images", str(desk / "images"), "--report",
             str(desk / "scan.html")]
     assert main(argv) == 0
@@ -121,6 +123,11 @@ def test_scan_with_another_defences_refusals(desk, capsys):
     assert "after" not in report["clean"] and "defence" not in report
     assert len(report["scan"]["damage"]) == 4 and len(report["flips"]) == 5
     assert report["verdict"]["level"] in capsys.readouterr().out
+    (tmp_path / "mine.json").write_text('{"precious": 1}')
+    assert main([*argv[:-1], str(tmp_path / "mine.html")]) == 2
+    assert "mine.json" in capsys.readouterr().err
+    assert (tmp_path / "mine.json").read_text() == '{"precious": 1}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.json"]
 
 
 @pytest.mark.parametrize("change, words", [
@@ -141,6 +148,7 @@ def test_scan_with_another_defences_refusals(desk, capsys):
     ({"--report": "page.pdf"}, [".html"]),
     ({"--defence": "pepper"}, ["ibau", "pepper"]),
     ({"--defence": "abl"}, ["ibau", "abl"]),
+    ({"--defence": "clp", "--epochs": "3"}, ["--epochs", "clp"]),
     ({"--normalise": "help"}, ["imagenet", "0.485"]),
     ({"--arch": "vgg99"}, ["resnet18"]),
     ({"--image_size": "64"}, ["64"]),

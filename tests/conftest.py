@@ -8,13 +8,18 @@ import pathlib
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1").strip()
 
+# What the workers of a run, and the next run, need not compile again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+    pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from awm_jax import data, models
+from awm_jax import data, models, torch_compat
 from awm_jax.models import ops
 from awm_jax.types import Arch, Batch, Params
 
@@ -78,6 +83,18 @@ def small_params():
     """A random small VGG of 8x8 images and four classes: every layer, little work."""
     arch = Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3))
     return models.create(jax.random.key(0), arch)
+
+
+@pytest.fixture(scope="session")
+def arrays(small_params):
+    """Its tensors, by PyTorch's names."""
+    return torch_compat.arrays_from_params(small_params)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, or a skip where it is absent."""
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="session")

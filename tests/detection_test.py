@@ -1,5 +1,7 @@
 """A scan: its score by hand, its bounds, its words; and the AUC of the experiment."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def _findings(damage, stay=0.5, kept=1.0):
 def test_the_score_by_hand(damage, stay, kept, score, level):
     found = _findings(damage, stay, kept)
     assert found.score == pytest.approx(score, abs=1e-5)
-    told = verdict.of(found._replace(), 10)
+    told = verdict.of(found, 10)
     if score != 1.0:  # rounding decides at the threshold itself
         assert told.level == level
     assert told.headline and told.reasons and "10 images" in told.limits[0]
@@ -100,3 +102,16 @@ def test_auc_and_table():
     text = experiment.table(rows)
     assert "| badnets | 2 | 54.5 | 1 | 1.20 to 1.20 | 1 of 1 | 1.00 |" in text
     assert "| none | 1 | - | - | 0.20 to 0.20 | 0 of 1 | - |" in text
+
+
+def test_the_experiment_trains_scans_and_writes(tiny_dataset, capsys):
+    out = tiny_dataset / "run"
+    argv = ["--epochs", "1", "--arch", "tiny_cnn", "--networks", "1", "--out", str(out)]
+    assert experiment.main([*argv, "--checkpoint", str(tiny_dataset)]) == 2
+    assert "no --checkpoint" in capsys.readouterr().err and not out.exists()
+    assert experiment.main(argv) == 0
+    rows = json.loads((out / "networks.json").read_text())["rows"]
+    assert [(row["attack"], row["seed"]) for row in rows] == [("none", 0), ("badnets", 0)]
+    assert rows[0]["asr"] is None and 0 <= rows[1]["asr"] <= 100
+    assert rows[0]["score"] != rows[1]["score"]  # another network
+    assert (out / "networks.md").read_text().rstrip() == experiment.table(rows)

@@ -15,7 +15,7 @@ from awm_jax.models import foreign
 from awm_jax.types import Arch, ForeignArch, Params
 
 SHAPE = (8, 8, 3)
-EXAMPLE = pathlib.Path(__file__).resolve().parents[1] / "examples" / "purify_your_flax_module.py"
+EXAMPLE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "purify_your_flax_module.py"
 
 
 def _body(x, train):

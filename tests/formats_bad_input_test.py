@@ -11,27 +11,9 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from tensor_files import safetensors_file
 
 from awm_jax import checkpoint, file_kinds, formats, torch_compat
-
-
-@pytest.fixture(scope="session")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="session")
-def arrays(small_params):
-    """The small network's tensors."""
-    return torch_compat.arrays_from_params(small_params)
-
-
-def _safetensors(path, arrays, **changed):
-    """A safetensors file, some tensors changed or (None) left out."""
-    arrays = {**arrays, **{name.replace("__", "."): value for name, value in changed.items()}}
-    safetensors.numpy.save_file({name: np.ascontiguousarray(value)
-                                 for name, value in arrays.items() if value is not None}, path)
-    return path
 
 
 class _Evil:
@@ -116,7 +98,7 @@ def _bad(value):
      r"Expected the names of a small_vgg or"),
 ])
 def test_bad_tensors_are_named(change, match, tmp_path, arrays):
-    path = _safetensors(tmp_path / "bad.safetensors", arrays, **change(arrays))
+    path = safetensors_file(tmp_path / "bad.safetensors", arrays, **change(arrays))
     _refused(path, ValueError, match)
 
 
@@ -183,7 +165,7 @@ def test_directories_that_hold_something_else(tmp_path, small_params, monkeypatc
 
 
 def test_names_that_cannot_be_asked_for(tmp_path, arrays):
-    path = _safetensors(tmp_path / "a.safetensors", arrays)
+    path = safetensors_file(tmp_path / "a.safetensors", arrays)
     _refused(path, ValueError, r"Expected arch='vgg' to be one of", arch="vgg")
     _refused(path, ValueError, r"no cnn with 2 classes.*\.\.\.$", arch="cnn")
     with pytest.raises(ValueError, match="one of"):

@@ -9,22 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from tensor_files import safetensors_file
 
 from awm_jax import checkpoint, formats, models, torch_compat
 from awm_jax.types import Arch, Params
 
 NAMES = {"pytorch": "net.pth", "safetensors": "net.safetensors", "orbax": "net"}
-
-
-@pytest.fixture(scope="session")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="session")
-def arrays(small_params):
-    """The small network's tensors."""
-    return torch_compat.arrays_from_params(small_params)
 
 
 def _write_as(kind, path, params):
@@ -35,14 +25,6 @@ def _write_as(kind, path, params):
         checkpoint.save(path, params, {"note": "x"})
     else:
         safetensors.numpy.save_file(torch_compat.arrays_from_params(params), path)
-
-
-def _safetensors(path, arrays, **changed):
-    """A safetensors file, some tensors changed or (None) left out."""
-    arrays = {**arrays, **{name.replace("__", "."): value for name, value in changed.items()}}
-    safetensors.numpy.save_file({name: np.ascontiguousarray(value)
-                                 for name, value in arrays.items() if value is not None}, path)
-    return path
 
 
 def _zeros(name, shape, num_classes=3):
@@ -81,7 +63,7 @@ def test_any_format_to_any_format(kind, target, tmp_path, small_params):
 
 
 def test_notes_say_what_was_told_by_what(tmp_path, small_params, arrays):
-    notes = formats.read(_safetensors(tmp_path / "a.safetensors", arrays))[1].notes
+    notes = formats.read(safetensors_file(tmp_path / "a.safetensors", arrays))[1].notes
     assert notes == ("architecture small_vgg, told by its tensors' names",
                      "image size 8x8, told by the classifier's inputs",
                      "4 classes, told by classifier.weight")
@@ -95,7 +77,7 @@ def test_notes_say_what_was_told_by_what(tmp_path, small_params, arrays):
 
 
 def test_the_content_counts_and_not_the_name(tmp_path, arrays, small_params, torch):
-    _safetensors(tmp_path / "a.pth", arrays)
+    safetensors_file(tmp_path / "a.pth", arrays)
     assert formats.read(tmp_path / "a.pth")[1].kind == "safetensors"
     torch_compat.save(tmp_path / "b.safetensors", small_params)
     assert formats.read(tmp_path / "b.safetensors")[1].kind == "pytorch"
@@ -113,11 +95,12 @@ def test_a_header_whose_length_looks_like_something_else(length, tmp_path, array
     _same(formats.read(tmp_path / "a")[0], small_params)
 
 
-def test_a_pytorch_file_keeps_all_else(tmp_path, small_params, torch):
-    state = {f"module.{name}": value.half() if value.ndim == 4 else value
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])  # of one wrapper, of two
+def test_a_pytorch_file_keeps_all_else(prefix, tmp_path, small_params, torch):
+    state = {f"{prefix}{name}": value.half() if value.ndim == 4 else value
              for name, value in torch_compat.state_dict_from_params(small_params).items()}
-    state["module.classifier.bias"] = state["module.classifier.bias"].bfloat16()
-    state["module.features.1.num_batches_tracked"] = torch.tensor(7)
+    state[f"{prefix}classifier.bias"] = state[f"{prefix}classifier.bias"].bfloat16()
+    state[f"{prefix}features.1.num_batches_tracked"] = torch.tensor(7)
     torch.save({"net": state, "acc": 93.5}, tmp_path / "a.pth")
     params, source = formats.read(tmp_path / "a.pth")
     assert source.notes[3:] == ("bfloat16 tensors, read as float32",
@@ -162,7 +145,7 @@ def test_a_safetensors_file_keeps_all_else(tmp_path, arrays, torch):
 def test_the_sources_spelling_is_kept(tmp_path):
     spelt = {name.replace("shortcut", "downsample").replace("linear", "fc"): value
              for name, value in _zeros("resnet18", (32, 32, 3)).items()}
-    params, source = formats.read(_safetensors(tmp_path / "a.safetensors", spelt))
+    params, source = formats.read(safetensors_file(tmp_path / "a.safetensors", spelt))
     formats.write(tmp_path / "b.safetensors", params, source)
     found = formats._read_safetensors(tmp_path / "b.safetensors")[0]
     assert set(found) == set(spelt) and "fc.weight" in found
@@ -170,7 +153,7 @@ def test_the_sources_spelling_is_kept(tmp_path):
 
 def test_pytorch_is_needed_for_its_own_files_alone(tmp_path, small_params, arrays, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"PK")
-    _safetensors(tmp_path / "a.safetensors", arrays)
+    safetensors_file(tmp_path / "a.safetensors", arrays)
     monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
     params, source = formats.read(tmp_path / "a.safetensors")
     formats.write(tmp_path / "b.safetensors", params, source)
@@ -197,7 +180,7 @@ def test_tensors_of_numpy_and_jax_are_taken(small_params, arrays):
     ("shufflenet_v2", (32, 32, 3), "assumed: its tensors do not tell"),
 ])
 def test_the_tensors_tell_the_image_size(name, shape, told, tmp_path):
-    path = _safetensors(tmp_path / "a.safetensors", _zeros(name, shape))
+    path = safetensors_file(tmp_path / "a.safetensors", _zeros(name, shape))
     params, source = formats.read(path)
     assert params.arch == Arch(name=name, num_classes=3, image_shape=shape)
     assert f"image size {shape[0]}x{shape[1]}, {told}" in source.notes
@@ -205,16 +188,16 @@ def test_the_tensors_tell_the_image_size(name, shape, told, tmp_path):
 
 
 def test_an_image_size_can_be_asked_for(tmp_path):
-    path = _safetensors(tmp_path / "a.safetensors", _zeros("small_vgg", (8, 17, 3)))
+    path = safetensors_file(tmp_path / "a.safetensors", _zeros("small_vgg", (8, 17, 3)))
     with pytest.raises(ValueError, match=r"weight takes 256 inputs, which no square image gives"):
         formats.read(path)
     assert formats.read(path, image_size=(8, 17))[0].arch.image_shape == (8, 17, 3)
-    path = _safetensors(tmp_path / "b.safetensors", _zeros("small_vgg", (32, 32, 3)))
+    path = safetensors_file(tmp_path / "b.safetensors", _zeros("small_vgg", (32, 32, 3)))
     assert formats.read(path)[0].arch.image_shape == (32, 32, 3)
     assert formats.read(path, image_size=(33, 39))[0].arch.image_shape == (33, 39, 3)
     with pytest.raises(ValueError, match=r"which images of 32x32 give, not the 28x32 asked for"):
         formats.read(path, image_size=(28, 32))
-    path = _safetensors(tmp_path / "c.safetensors", _zeros("shufflenet_v2", (32, 32, 1)))
+    path = safetensors_file(tmp_path / "c.safetensors", _zeros("shufflenet_v2", (32, 32, 1)))
     params, source = formats.read(path, image_size=(64, 48))
     assert params.arch.image_shape == (64, 48, 1)
     assert source.notes[1] == "image size 64x48, as asked for"
@@ -231,7 +214,7 @@ def test_an_image_size_can_be_asked_for(tmp_path):
 @pytest.fixture
 def source(tmp_path, arrays, small_params):
     """A safetensors file that was read."""
-    return formats.read(_safetensors(tmp_path / "net.safetensors", arrays))[1]
+    return formats.read(safetensors_file(tmp_path / "net.safetensors", arrays))[1]
 
 
 def test_the_source_is_never_overwritten(tmp_path, small_params, source):
@@ -312,7 +295,7 @@ def test_networks_that_cannot_be_written(tmp_path, small_params, arrays, source)
                                                   image_shape=(8, 8, 3)))
     with pytest.raises(ValueError, match=r"net\.safetensors: The template is no.*5 classes"):
         formats.write(tmp_path / "out.safetensors", other, source)
-    half = _safetensors(tmp_path / "half.safetensors", arrays,
+    half = safetensors_file(tmp_path / "half.safetensors", arrays,
                         classifier__bias=arrays["classifier.bias"].astype(np.float16))
     large = dataclasses.replace(small_params, weights={
         **small_params.weights, "dense": {**small_params.weights["dense"],

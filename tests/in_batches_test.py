@@ -13,7 +13,7 @@ from awm_jax.types import Arch
 
 KEY = jax.random.key(0)
 SHAPE = (8, 8, 3)
-ARCH = Arch(name="small_vgg", num_classes=3, image_shape=SHAPE)
+ARCH = Arch(name="tiny_cnn", num_classes=3, image_shape=SHAPE)
 CONFIG = training.TrainConfig(epochs=3, batch_size=16, augment=False)
 
 

@@ -24,7 +24,7 @@ PLAN = InBatches(2, 4, poisoned=3, covered=2, learn=module.learn)
 def _found():
     """Everything about one batch, by one program: compiling takes the time."""
     attack = attacks.make("input_aware", KEY, SHAPE, 4, target=2)
-    params = models.create(KEY, Arch(name="small_vgg", num_classes=4, image_shape=SHAPE))
+    params = models.create(KEY, Arch(name="tiny_cnn", num_classes=4, image_shape=SHAPE))
 
     @jax.jit
     def work(state):

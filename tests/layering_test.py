@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "awm_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
 LOW = {"types", "validate", "masks", "losses", "projections", "models", "bilevel", "metrics"}
-TOP = {"detection", "command"}
+TOP = {"detection", "command", "programs"}
 # Room: rooms of awm_jax that it must not import.
 FORBIDDEN = {
     **{room: {"attacks", "defences", "data", "report", "training", *TOP} for room in LOW},
@@ -17,7 +17,8 @@ FORBIDDEN = {
     "data": {"attacks", "defences", "models", "report", "training", "metrics", *TOP},
     "report": {"attacks", "defences", "models", "data", "training", "metrics", *TOP},
     "training": {"attacks", "defences", "report", *TOP},
-    "detection": {"attacks", "data", "report", "training", "command"},
+    "detection": {"attacks", "data", "report", "training", "command", "programs"},
+    "programs": {"attacks", "defences", "report", "training", "models", "detection", "command"},
     "command": {"attacks", "training"},
 }
 

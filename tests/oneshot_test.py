@@ -62,7 +62,7 @@ def test_of_several_defences_those_that_cannot_work_here_are_left_out(capsys):
     assert "Left out clp: Expected a network with BatchNorm, mlp" in capsys.readouterr().out
 
 
-ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets"]
+ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets", "--arch", "tiny_cnn"]
 
 
 def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
@@ -122,7 +122,7 @@ def test_interrupted_training_resumes(tiny_dataset, monkeypatch):
         real(self, done, **figures)
 
     monkeypatch.setattr(networks.Progress, "update", update)
-    argv = ["--epochs", "3", "--purify_epochs", "1", "--seeds", "1",
+    argv = ["--epochs", "3", "--purify_epochs", "1", "--seeds", "1", "--arch", "tiny_cnn",
             "--out", str(tiny_dataset / "r")]
     assert oneshot.main(argv) == 130
     monkeypatch.setattr(networks.Progress, "update",

@@ -7,7 +7,7 @@ import pytest
 from awm_jax import metrics, training
 from awm_jax.types import Arch
 
-ARCH = Arch(name="small_vgg", num_classes=2, image_shape=(8, 8, 3))
+ARCH = Arch(name="tiny_cnn", num_classes=2, image_shape=(8, 8, 3))
 CONFIG = training.TrainConfig(epochs=6, batch_size=16, augment=False)
 
 

@@ -4,6 +4,8 @@ a verdict, a purified network in the same format, and a report out.
 
 import argparse
 import pathlib
+import shlex
+import sys
 
 from awm_jax.command.options import OneLine, image_size, positive, run
 
@@ -56,11 +58,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(given)
 
     def job():
         from awm_jax.command import jobs  # JAX: not for --help
 
+        args.said = shlex.join(["python", "-m", "awm_jax", *given])
         (jobs.scan if args.command == "scan" else jobs.purify)(args)
 
-    return run(f"awm-jax {args.command}", job)
+    return run(f"awm-jax {args.command}", job,
+               stopped="Stopped. No network was written; the same command starts anew.")

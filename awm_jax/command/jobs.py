@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import pathlib
 import platform
-import sys
 import time
 from importlib import metadata
 from typing import Any
@@ -19,15 +18,18 @@ from awm_jax.command import suspect as reading
 from awm_jax.command import verdict
 from awm_jax.command.suspect import Suspect, say
 from awm_jax.defences import DEFENCES, AWMConfig, Status, awm_purify
+from awm_jax.defences.survey import Survey
 from awm_jax.detection import Findings
 from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, page
-from awm_jax.types import Params
+from awm_jax.types import Arch, Batch, Params
 
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
 _ALPHAS = (None, 0.9, 0.95)  # the default, then milder ones
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # fall of accuracy on the given images at which a run ends
+
+_answers = jax.jit(detection.answers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +52,43 @@ class Purification:
 
 
 def scan(args: argparse.Namespace) -> None:
-    """``awm-jax scan``: prints a verdict and writes a report."""
+    """``awm-jax scan``: prints a verdict and writes a report.
+
+    Args:
+      args: of the parser in `awm_jax.command`.
+
+    Raises:
+      OSError: files that cannot be read or written.
+      ValueError: options, a network or images that cannot be taken; nothing was written then.
+    """
     started = time.monotonic()
     path = _report_path(args.report, args.model)
     suspect = reading.read(args)
     findings = _look(suspect, args)
     report = _report(args, suspect, findings)
-    _finish(path, report, suspect, findings, None, started)
+    _finish(path, report, suspect, findings, None, args.said, started)
 
 
 def purify(args: argparse.Namespace) -> None:
-    """``awm-jax purify``: writes the purified network and a report."""
+    """``awm-jax purify``: writes the purified network and a report.
+
+    Args:
+      args: of the parser in `awm_jax.command`.
+
+    Raises:
+      OSError: files that cannot be read or written.
+      ValueError: options, a network or images that cannot be taken; nothing was written then.
+    """
     started = time.monotonic()
     _check_defence(args.defence)
     formats.check_target(args.out, args.model)
     path = _report_path(args.report, args.out)
     suspect = reading.read(args)
     _check_enough(suspect, args.force)
+    config = _config(args, suspect.params.arch)
     findings = _look(suspect, args)
-    done = _awm(suspect, findings, args) if args.defence == "awm" else _other(suspect, args)
+    done = (_awm(suspect, findings, args) if args.defence == "awm" else
+            _other(suspect, config, args))
     for note in done.notes:
         say(f"  {note}")
     formats.write(args.out, done.params, suspect.source)
@@ -81,7 +101,7 @@ def purify(args: argparse.Namespace) -> None:
                          "seconds": done.seconds, "out": str(args.out)}
     if done.layers:
         report["layers"] = done.layers
-    _finish(path, report, suspect, findings, done.params, started)
+    _finish(path, report, suspect, findings, done.params, args.said, started)
 
 
 def _check_defence(name: str) -> None:
@@ -91,13 +111,30 @@ def _check_defence(name: str) -> None:
         raise ValueError(f"Expected --defence {name!r} to be one of: {', '.join(able)}.")
 
 
+def _config(args: argparse.Namespace, arch: Arch) -> Any:
+    """The defence's settings; ValueError where it cannot work on the network or counts no epochs.
+    """
+    defence = DEFENCES[args.defence]
+    defence.fits(arch)
+    if args.epochs is None:
+        return defence.default
+    if not hasattr(defence.default, "epochs"):
+        raise ValueError(f"Expected no --epochs beside --defence {defence.name}, which counts "
+                         "none.")
+    return dataclasses.replace(defence.default, epochs=args.epochs)
+
+
 def _report_path(given: pathlib.Path | None, beside: pathlib.Path) -> pathlib.Path:
-    """Where the report goes; ValueError for a name that its JSON would take too."""
+    """Where the page goes; ValueError where it or its JSON would overwrite what is no report."""
     path = given or beside.with_name(f"{beside.stem}-report.html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"Expected --report={path} to end in .html.")
     if path.is_dir():
         raise ValueError(f"Expected --report={path} to be a file, it is a folder.")
+    there = [p for p in (path, path.with_suffix(".json")) if p.exists()]
+    if there and not page.is_report(path.with_suffix(".json")):
+        raise ValueError(f"Expected {there[0]} to be free or an earlier report, it is something "
+                         "else. Name another place with --report.")
     return path
 
 
@@ -140,7 +177,7 @@ def _held_out(suspect: Suspect, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return everything[kept], everything[~kept]
 
 
-def _accuracy(params: Params, batch: Any, chosen: np.ndarray) -> float:
+def _accuracy(params: Params, batch: Batch, chosen: np.ndarray) -> float:
     """Share of some images that get their class."""
     found = metrics.predict(params, batch.images[chosen])
     return float((found == np.asarray(batch.labels)[chosen]).mean())
@@ -150,27 +187,33 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
     """AWM: as mild as held-out images ask for, and stopped where the given ones are lost."""
     started, key = time.monotonic(), jax.random.key(args.seed)
     mine, held_out = _held_out(suspect, args.seed)
-    batch = type(suspect.batch)(suspect.batch.images[mine], np.asarray(suspect.batch.labels)[mine])
+    batch = Batch(suspect.batch.images[mine], np.asarray(suspect.batch.labels)[mine])
+    # Held-out images must be new to what they judge, and the scan has seen all of them.
+    survey = None if len(held_out) else findings.survey
     notes: list[str] = []
     before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
     for alpha in _ALPHAS if before is not None else _ALPHAS[:1]:
         config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
-        found = _run_awm(suspect, batch, findings, config, key, notes)
+        found = _run_awm(suspect, batch, survey, config, key, notes)
         if before is None:
             break
+        survey = found.survey
         after = _accuracy(found.params, suspect.batch, held_out)
         notes.append(f"alpha {alpha or 'as usual'}: {100 * before:.1f}% -> {100 * after:.1f}% of "
                      f"{len(held_out)} held-out images")
         if after >= before - _FALL:
             break
+    else:
+        notes.append(f"no alpha kept held-out accuracy within {100 * _FALL:.0f} points: the last, "
+                     "mildest one's network is given")
     layers = {name: figures.mask_percentages(np.ravel(values)).tolist()
               for name, values in masks.by_layer(found.masks).items()}
     return Purification(found.params, found.status, layers, time.monotonic() - started,
                         tuple(notes))
 
 
-def _run_awm(suspect: Suspect, batch: Any, findings: Findings, config: AWMConfig, key: jax.Array,
-             notes: list[str]) -> awm_purify.Purified:
+def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMConfig,
+             key: jax.Array, notes: list[str]) -> awm_purify.Purified:
     """One run with a bar; it ends where accuracy on its images has fallen by a tenth."""
     everything = np.arange(len(batch.labels))
     before = _accuracy(suspect.params, batch, everything)
@@ -189,21 +232,15 @@ def _run_awm(suspect: Suspect, batch: Any, findings: Findings, config: AWMConfig
         return False
 
     found = awm_purify.purify(suspect.params, batch, config=config, key=key, on_epochs=watch,
-                              survey=findings.survey)
+                              survey=survey)
     if bar:
         bar[0].close()
     return found
 
 
-def _other(suspect: Suspect, args: argparse.Namespace) -> Purification:
+def _other(suspect: Suspect, config: Any, args: argparse.Namespace) -> Purification:
     """Any other defence, with its own settings."""
     defence, started = DEFENCES[args.defence], time.monotonic()
-    config = defence.default
-    if args.epochs is not None:
-        if not hasattr(config, "epochs"):
-            raise ValueError(f"Expected no --epochs beside --defence {defence.name}, which counts "
-                             "none.")
-        config = dataclasses.replace(config, epochs=args.epochs)
     with waiting(defence.name):
         found = defence(suspect.params, suspect.batch, key=jax.random.key(args.seed), config=config)
     return Purification(found.params, found.status, {}, time.monotonic() - started)
@@ -270,15 +307,14 @@ def _flips(suspect: Suspect, triggers: dict[str, np.ndarray], purified: Params |
         if params is None:
             shares.append([None] * len(triggers))
             continue
-        own, *under = np.asarray(jax.jit(detection.answers)(
-            params, jnp.asarray(suspect.batch.images), stack))
+        own, *under = np.asarray(_answers(params, jnp.asarray(suspect.batch.images), stack))
         shares.append([float((answer != own).mean()) for answer in under])
     return [{"name": name, "before": before, "after": after}
             for name, before, after in zip(triggers, *shares, strict=True)]
 
 
 def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findings: Findings,
-            purified: Params | None, started: float) -> None:
+            purified: Params | None, command: str, started: float) -> None:
     """Accuracy and flips before and after, then the report is written."""
     triggers, count = _triggers(findings), len(suspect.batch.labels)
     report["clean"] = {"before": _interval(suspect.correct(), count)}
@@ -289,7 +325,7 @@ def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findin
         after = "" if row["after"] is None else f" -> {100 * row['after']:.0f}%"
         say(f"  {row['name']}: moves {100 * row['before']:.0f}%{after} of the given images")
     report["reproduce"] = {
-        "command": " ".join(["python -m awm_jax", *sys.argv[1:]]), "versions": _versions(),
+        "command": command, "versions": _versions(),
         "seconds": time.monotonic() - started,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
     page.write(path, report, _pictures(suspect, triggers))

@@ -88,9 +88,14 @@ def with_known(params: Params, name: str) -> Params:
       params: the network.
       name: a key of `KNOWN`.
 
+    Returns:
+      Its copy, with `Arch.mean` and `Arch.std` set.
+
     Example:
-      >>> KNOWN['none']
-      ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+      >>> from awm_jax.types import Arch
+      >>> params = models.create(jax.random.key(0), Arch(name='mlp', num_classes=10))
+      >>> with_known(params, 'half').arch.mean
+      (0.5, 0.5, 0.5)
     """
     mean, std = KNOWN[name]
     return dataclasses.replace(params, arch=dataclasses.replace(params.arch, mean=mean, std=std))

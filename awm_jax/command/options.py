@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from awm_jax import programs
+
 
 def positive(text: str) -> int:
     """A whole number > 0."""
@@ -30,12 +32,27 @@ class OneLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def run(prog: str, job: Callable[[], Any]) -> int:
-    """Does the job; errors of the user's making end in one line and status 2."""
+_STOPPED = "Stopped. The same command goes on from here."
+
+
+def run(prog: str, job: Callable[[], Any], *, stopped: str = _STOPPED) -> int:
+    """Does the job; errors of the user's making end in one line and status 2.
+
+    What is compiled is kept on disk for the next command, see `awm_jax.programs`.
+
+    Args:
+      prog: the command's name, which errors begin with.
+      job: what to do.
+      stopped: what is said on an interrupt.
+
+    Returns:
+      The exit status: 0, 2 for an error, 130 for an interrupt.
+    """
     try:
+        programs.keep()
         job()
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

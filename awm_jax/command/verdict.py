@@ -9,7 +9,7 @@ UNCLEAR = 0.5  # of the score, from which on a network is not called clean-looki
 LIMITS = (
     "The scan looks for small, fixed changes of pixels that send images into one class, or each "
     "class into another. Backdoors that bend the whole image (WaNet) or lay a faint wave over "
-    "it (SIG) looked clean to it in our tests.",
+    "it (SIG) looked clean to it, in the one network of each that we scanned.",
     "A network can have a weakness of this kind without anybody having planted it; and one that "
     "looks clean may have a backdoor of another kind.",
     "Whether triggers found here are the attacker's cannot be told without the attacker's.",
@@ -41,8 +41,10 @@ def of(findings: Findings, count: int) -> Verdict:
       count: how many clean images it had.
 
     Returns:
-      `Verdict`. Suspicious from a score of 1 on, which of the networks trained here no clean one
-      reached, unclear from .5 on.
+      `Verdict`: suspicious from a score of 1 on, unclear from .5 on; docs/suspect.md has how
+      often either was right.
+
+    Example: `of(awm_jax.detection.scan(params, batch), len(batch.labels)).level`.
     """
     found = findings.survey
     first = int(found.damage.argmax())

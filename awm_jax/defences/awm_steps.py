@@ -55,14 +55,14 @@ class AWMInfo(NamedTuple):
     trigger_l1: jax.Array
 
 
-def trigger_gradient(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
+def trigger_gradient(params: Params, masks: Masks | None, delta: jax.Array, images: jax.Array,
                      labels: jax.Array, *, clamp: bool,
                      towards: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
     """``d/d delta  mean CE(f(x + delta; m * w), y)``, ``[H, W, C]``.
 
     Args:
       params: the network.
-      masks: weight masks.
+      masks: weight masks, or None for the network as it is.
       delta: ``[H, W, C]`` the trigger.
       images: ``[B, H, W, C]`` in [0, 1].
       labels: ``[B]`` what the trigger moves predictions away from.
@@ -120,9 +120,19 @@ def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
     return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
-def _minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
-               settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """Images without replacement (whole reshuffles when there are too few), augmented if asked."""
+def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
+              settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """A minibatch: images without replacement (whole reshuffles of too few), augmented if asked.
+
+    Args:
+      key: PRNG key.
+      images: ``[n, H, W, C]`` in [0, 1].
+      labels: ``[n]`` anything that belongs to each.
+      settings: ``batch_size``, ``augment`` and ``flip``.
+
+    Returns:
+      ``[batch_size, H, W, C]`` and ``[batch_size]``.
+    """
     key_pick, key_crop, key_mix = jax.random.split(key, 3)
     count, size = len(images), settings.batch_size
     rounds = jax.random.split(key_pick, -(-size // count))
@@ -209,7 +219,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
                          jnp.where(epoch == 1, triggers[settings.epochs], nothing))
 
     def ascend(key, epoch, delta, outer):
-        x, y = _minibatch(key, images, labels if fled is None else fled, settings)
+        x, y = minibatch(key, images, labels if fled is None else fled, settings)
         masks, _ = outer
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
@@ -234,7 +244,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     def descend(key, epoch, delta, outer):
         masks, opt_state = outer
         key_batch, key_replay = jax.random.split(key)
-        x, target = _minibatch(key_batch, images, labels, settings)
+        x, target = minibatch(key_batch, images, labels, settings)
         if settings.replay:
             delta = _replayed(key_replay, delta, triggers, epoch, settings)
         if settings.objective == "distil":
@@ -260,7 +270,7 @@ def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
     """
     steps = max(10, settings.survey_steps // params.arch.num_classes)
     return survey(jax.random.fold_in(key, settings.epochs + 1), params,
-                  lambda k: _minibatch(k, images, labels, settings)[0], steps=steps,
+                  lambda k: minibatch(k, images, labels, settings)[0], steps=steps,
                   tau=2 * settings.taus[0])
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import metrics, models, validate
-from awm_jax.types import Arch, Batch, Params, Weights
+from awm_jax.types import Arch, Batch, ForeignArch, Params, Weights
 
 
 class Status(enum.IntEnum):
@@ -224,7 +224,9 @@ class Defence:
 def norms_needed(arch: Arch) -> None:
     """ValueError for a network without BatchNorm, `Defence.fits` of what prunes its channels."""
     if not models.norm_inputs(arch):
-        raise ValueError(f"Expected a network with BatchNorm, {arch.name} has none. Choose another "
+        why = ("does not tell what feeds any: the networks of awm_jax.models do"
+               if isinstance(arch, ForeignArch) else "has none")
+        raise ValueError(f"Expected a network with BatchNorm, {arch.name} {why}. Choose another "
                          "defence.")
 
 

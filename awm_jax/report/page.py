@@ -317,6 +317,26 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
+def is_report(path: str | os.PathLike) -> bool:
+    """Whether a JSON file is a report's, as `write` leaves it, and may give way to a newer one.
+
+    Args:
+      path: the JSON file.
+
+    Returns:
+      False also where there is none, or it cannot be read.
+
+    Example:
+      >>> is_report('pyproject.toml')
+      False
+    """
+    try:
+        found = json.loads(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"verdict", "network", "scan"} <= found.keys()
+
+
 def write(path: str | os.PathLike, report: Mapping[str, Any],
           pictures: Mapping[str, np.ndarray]) -> None:
     """Writes the page, and the report as JSON beside it under the same name.

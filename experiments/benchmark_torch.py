@@ -1,41 +1,28 @@
-"""One-shot AWM beside a plain PyTorch loop of the same algorithm, on the same processor.
+"""The PyTorch side of the benchmark: the same algorithms, written as well as we can.
 
-    python -m experiments.benchmark_torch [--epochs 100] [--images 43] [--batch 16] [--reps 1]
-        [--threads N] [--checkpoint file.pth] [--out times.json]
-
-The loop does what the published code does: clean predictions recomputed at every trigger step, two
-forward passes in a mask step. Both sides move the trigger away from the network's own predictions,
-with the paper's other settings. Each side runs in a process of its own, one after the other, on the
-CPU; compiling (ours) and one epoch of warming up (the loop's) are timed apart.
+Channels-last tensors; clean predictions once an epoch; no gradient of weights while the trigger
+moves, and weights masked once for all of its steps; one forward pass for the clean and the
+triggered images of a mask step. ``compile`` gives each forward pass to `torch.compile`.
 """
 
-import argparse
-import json
-import os
-import pathlib
-import subprocess
-import sys
+import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from experiments import results
+from experiments.benchmark_cells import Cell, Times, images_of
 
-_INNER, _OUTER, _TAU = 10, 10, 1000.0
-
-
-def _data(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels that stand for GTSRB's; the time does not depend on what they show."""
-    rng = np.random.default_rng(0)
-    return (rng.random((count, 32, 32, 3), np.float32),
-            (np.arange(count) % classes).astype(np.int32))
+_TAU = 1000.0
 
 
-def torch_small_vgg(classes: int):
+def torch_small_vgg(classes: int) -> torch.nn.Sequential:
     """The small VGG as a PyTorch module whose state_dict has the published files' names."""
-    import torch
-
-    layers, width = [], 3
+    layers: list[torch.nn.Module] = []
+    width = 3
     for features in (32, 64, 128):
         for _ in range(2):
             layers += [torch.nn.Conv2d(width, features, 3, padding=1),
@@ -49,159 +36,226 @@ def torch_small_vgg(classes: int):
     return net.eval()
 
 
-def _network(checkpoint: pathlib.Path | None):
-    """Random weights for GTSRB, or those of a file."""
-    import torch
+class _Block(torch.nn.Module):
+    """A basic residual block."""
 
-    from awm_jax import torch_compat
+    def __init__(self, before: int, after: int, stride: int):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(after)
+        self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(after)
+        self.shortcut = torch.nn.Sequential()
+        if stride != 1 or before != after:
+            self.shortcut = torch.nn.Sequential(
+                torch.nn.Conv2d(before, after, 1, stride, bias=False), torch.nn.BatchNorm2d(after))
 
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class _ResNet18(torch.nn.Module):
+    """ResNet-18 for 32x32 images, under the names that `awm_jax.torch_compat` reads."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(64)
+        stages, width = [], 64
+        for features, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            stages.append(torch.nn.Sequential(_Block(width, features, stride),
+                                              _Block(features, features, 1)))
+            width = features
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = torch.nn.Linear(512, classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def network(cell: Cell) -> torch.nn.Module:
+    """A random network."""
     torch.manual_seed(0)
-    state = {} if checkpoint is None else torch_compat.load_state_dict(checkpoint)
-    net = torch_small_vgg(len(state["classifier.bias"]) if state else 43)
-    if state:
-        net.load_state_dict(state)
-    return net
+    makers: dict[str, Callable[[int], torch.nn.Module]] = {
+        "small_vgg": torch_small_vgg, "resnet18": _ResNet18}
+    return makers[cell.arch](cell.classes).eval()
 
 
-def time_torch(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the PyTorch loop, and of its first epoch."""
-    import torch
-    import torch.nn.functional as F
+def _device(cell: Cell) -> torch.device:
+    """Where the cell runs."""
+    return torch.device("cuda" if cell.device == "gpu" else "cpu")
 
-    torch.set_num_threads(args.threads)
-    net = _network(args.checkpoint)
-    images, labels = _data(args.images, net.classifier.out_features)
-    x_all, y_all = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
-    weights = {k: v.detach() for k, v in net.named_parameters()}
-    masks = {k: torch.ones_like(v, requires_grad=True) for k, v in weights.items() if v.ndim == 4}
-    optimiser = torch.optim.Adam(masks.values(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [max(1, args.epochs // 2)], 0.1)
 
-    def forward(x):
-        masked = {**weights, **{k: weights[k] * m for k, m in masks.items()}}
-        return torch.func.functional_call(net, masked, (x,))
+def _wait(cell: Cell) -> None:
+    """Until the device is done."""
+    if cell.device == "gpu":
+        torch.cuda.synchronize()
 
-    def batch():
-        picks = torch.randperm(args.images)[:args.batch]
-        return x_all[picks], y_all[picks]
 
-    def epoch():
-        delta = torch.zeros(1, 3, 32, 32, requires_grad=True)
-        for _ in range(_INNER):
-            x, _ = batch()
-            with torch.no_grad():
-                own = forward(x).argmax(1)
-            loss = F.cross_entropy(forward(x + delta), own)
+def _peak(cell: Cell) -> float:
+    """Most memory used so far, in MiB: of the GPU, or of this process."""
+    if cell.device == "gpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class _Purifier:
+    """One-shot AWM, Algorithm 1, on one network."""
+
+    def __init__(self, cell: Cell, compiled: bool):
+        device = _device(cell)
+        images, labels = images_of(cell)
+        net: Any = network(cell)
+        net = net.to(device, memory_format=torch.channels_last)
+        self.cell = cell
+        self.weights = {k: v.detach() for k, v in net.named_parameters()}
+        self.rest = dict(net.named_buffers())
+        self.masks = {k: torch.ones_like(v, requires_grad=True) for k, v in self.weights.items()
+                      if v.ndim == 4}
+        self.x = torch.tensor(images.transpose(0, 3, 1, 2), device=device).contiguous(
+            memory_format=torch.channels_last)
+        self.y = torch.tensor(labels, device=device).long()
+        self.optimiser = torch.optim.Adam(self.masks.values(), lr=0.01)
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(
+            self.optimiser, [max(1, cell.epochs // 2)], 0.1)
+
+        def forward(weights, x):
+            return torch.func.functional_call(net, {**weights, **self.rest}, (x,))
+
+        self.forward = torch.compile(forward) if compiled else forward
+
+    def masked(self) -> dict[str, torch.Tensor]:
+        """The weights with their masks."""
+        return {**self.weights, **{k: self.weights[k] * m for k, m in self.masks.items()}}
+
+    def batch(self, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A minibatch without replacement."""
+        picks = torch.randperm(len(self.x), device=self.x.device)[:self.cell.batch]
+        return tuple(t[picks] for t in of)
+
+    def trigger(self) -> torch.Tensor:
+        """The inner phase."""
+        with torch.no_grad():
+            fixed = self.masked()
+            own = torch.cat([self.forward(fixed, x).argmax(1)
+                             for x in self.x.split(self.cell.batch)])
+        delta = torch.zeros_like(self.x[:1], requires_grad=True)
+        for _ in range(self.cell.steps):
+            x, y = self.batch(self.x, own)
+            loss = F.cross_entropy(self.forward(fixed, x + delta), y)
             (gradient,) = torch.autograd.grad(loss, delta)
             delta = (delta + 10.0 * gradient).detach().requires_grad_()
-        delta = (delta * min(1.0, _TAU / (delta.abs().sum().item() + 1e-12))).detach()
-        for _ in range(_OUTER):
-            x, y = batch()
-            loss = 0.9 * F.cross_entropy(forward(x), y)
-            loss = loss + 0.1 * F.cross_entropy(forward((x + delta).clamp(0, 1)), y)
-            loss = loss + 1e-8 * sum(m.abs().sum() for m in masks.values())
+        return (delta * torch.clamp(_TAU / (delta.abs().sum() + 1e-12), max=1)).detach()
+
+    def epoch(self) -> None:
+        """Both phases."""
+        delta = self.trigger()
+        for _ in range(self.cell.steps):
+            x, y = self.batch(self.x, self.y)
+            logits = self.forward(self.masked(), torch.cat([x, (x + delta).clamp(0, 1)]))
+            clean, triggered = logits.split(len(x))
+            loss = 0.9 * F.cross_entropy(clean, y) + 0.1 * F.cross_entropy(triggered, y)
+            loss = loss + 1e-8 * sum(m.abs().sum() for m in self.masks.values())
+            self.optimiser.zero_grad()
+            loss.backward()
+            self.optimiser.step()
+            with torch.no_grad():
+                for m in self.masks.values():
+                    m.clamp_(0, 1)
+        self.schedule.step()
+
+    def mask_mean(self) -> float:
+        """Mean mask value, which both sides should bring to about the same."""
+        return float(torch.cat([m.detach().ravel() for m in self.masks.values()]).mean())
+
+
+def purify(cell: Cell, compiled: bool) -> Times:
+    """Seconds of one purification, and of the epoch before it."""
+    before, started = _peak(cell), time.perf_counter()
+    warm = _Purifier(cell, compiled)
+    warm.epoch()
+    _wait(cell)
+    first = time.perf_counter() - started
+    job = _Purifier(cell, compiled)
+    job.forward = warm.forward
+    started = time.perf_counter()
+    for _ in range(cell.epochs):
+        job.epoch()
+    _wait(cell)
+    return Times(time.perf_counter() - started, first, _peak(cell), before, job.mask_mean())
+
+
+def sweep(cell: Cell, compiled: bool) -> Times:
+    """Seconds of ``cell.seeds`` purifications, one after another."""
+    before, started = _peak(cell), time.perf_counter()
+    warm = _Purifier(cell, compiled)
+    warm.epoch()
+    _wait(cell)
+    first, means = time.perf_counter() - started, []
+    started = time.perf_counter()
+    for _ in range(cell.seeds):
+        job = _Purifier(cell, compiled)
+        job.forward = warm.forward
+        for _ in range(cell.epochs):
+            job.epoch()
+        means.append(job.mask_mean())
+    _wait(cell)
+    return Times(time.perf_counter() - started, first, _peak(cell), before, float(np.mean(means)))
+
+
+def _cropped(x: torch.Tensor, pad: int) -> torch.Tensor:
+    """A random crop of each image, padded with zeros: ``[B, C, H, W]`` in channels-last order."""
+    count, _, height, width = x.shape
+    top, left = (torch.randint(2 * pad + 1, (count, 1), device=x.device) for _ in range(2))
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.arange(width, device=x.device)
+    image = torch.arange(count, device=x.device)[:, None, None]
+    padded = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def train(cell: Cell, compiled: bool) -> Times:
+    """Seconds of ``cell.epochs`` training epochs, and of the one before them."""
+    device = _device(cell)
+    images, labels = images_of(cell)
+    before = _peak(cell)
+    x_all = torch.tensor((255 * images).astype(np.uint8).transpose(0, 3, 1, 2), device=device
+                         ).contiguous(memory_format=torch.channels_last)
+    y_all = torch.tensor(labels, device=device).long()
+    net: Any = network(cell)
+    net = net.to(device, memory_format=torch.channels_last).train()
+    forward = torch.compile(net) if compiled else net
+    steps = len(x_all) // cell.batch
+    kernels = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim == 1]
+    optimiser = torch.optim.AdamW([{"params": kernels, "weight_decay": 5e-4},
+                                   {"params": others, "weight_decay": 0.0}])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps * (cell.epochs + 1))
+
+    def epoch():
+        order, losses = torch.randperm(len(x_all), device=device), []
+        for picks in order[: steps * cell.batch].split(cell.batch):
+            x = _cropped(x_all[picks].float() / 255, 4)
+            loss = F.cross_entropy(forward(x), y_all[picks])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            with torch.no_grad():
-                for m in masks.values():
-                    m.clamp_(0, 1)
-        schedule.step()
+            schedule.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
     started = time.perf_counter()
     epoch()
-    warm = time.perf_counter()
-    for _ in range(args.epochs):
-        epoch()
-    return {"seconds": time.perf_counter() - warm, "first": warm - started,
-            "mask_mean": float(torch.cat([m.detach().ravel() for m in masks.values()]).mean())}
+    _wait(cell)
+    first, started = time.perf_counter() - started, time.perf_counter()
+    for _ in range(cell.epochs):
+        loss = epoch()
+    _wait(cell)
+    return Times(time.perf_counter() - started, first, _peak(cell), before, float(loss))
 
 
-def time_jax(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the compiled run, and of compiling it."""
-    import dataclasses
-
-    import jax
-
-    from awm_jax import masks, torch_compat
-    from awm_jax.defences import awm_purify as awm
-    from awm_jax.defences import awm_steps
-
-    params = torch_compat.params_from_state_dict(_network(args.checkpoint).state_dict())
-    images, labels = map(jax.numpy.asarray, _data(args.images, params.arch.num_classes))
-    settings = dataclasses.replace(
-        awm.AWMConfig(variant="paper", epochs=args.epochs, batch_size=args.batch).resolve(
-            args.images, (32, 32, 3)), inner_target="own", clamp_outer=True)
-    run = jax.jit(awm_steps.run, static_argnames="settings")
-    started = time.perf_counter()
-    compiled = run.lower(jax.random.key(0), params, images, labels, settings=settings).compile()
-    compile_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    state, _ = jax.block_until_ready(compiled(jax.random.key(0), params, images, labels))
-    return {"seconds": time.perf_counter() - started, "first": compile_seconds,
-            "mask_mean": float(masks.l1(state.masks)) / masks.size(state.masks)}
-
-
-def _positive(text: str) -> int:
-    """A whole number > 0."""
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The options."""
-    p = argparse.ArgumentParser(prog="python -m experiments.benchmark_torch", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--epochs", type=_positive, default=100)
-    p.add_argument("--images", type=_positive, default=43)
-    p.add_argument("--batch", type=_positive, default=16, help="images a step")
-    p.add_argument("--reps", type=_positive, default=1, help="runs of each side, alternating")
-    p.add_argument("--threads", type=_positive, default=os.cpu_count(), help="default: all")
-    p.add_argument("--checkpoint", type=pathlib.Path, help="small VGG in a PyTorch file")
-    p.add_argument("--out", type=pathlib.Path, help="JSON file for the times")
-    p.add_argument("--side", choices=("torch", "jax"), help=argparse.SUPPRESS)
-    return p
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs both sides ``--reps`` times, alternating, and prints medians and their ratio."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
-    if args.side:
-        if hasattr(os, "sched_setaffinity"):  # XLA sizes its thread pool by it
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
-        print(json.dumps((time_torch if args.side == "torch" else time_jax)(args)))
-        return
-    load = os.getloadavg()
-    times: dict[str, list[dict[str, float]]] = {"torch": [], "jax": []}
-    for _ in range(args.reps):
-        for side, found in times.items():
-            done = subprocess.run(
-                [sys.executable, "-m", "experiments.benchmark_torch", *argv, "--side", side],
-                check=True, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"})
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"small VGG, {args.images} images, {args.epochs} epochs of {_INNER}+{_OUTER} steps of "
-          f"{args.batch}, {args.threads} threads")
-    median = {}
-    for side, name, before in (("torch", "PyTorch", "the first epoch"),
-                               ("jax", "awm_jax", "compiling")):
-        median[side] = float(np.median([t["seconds"] for t in times[side]]))
-        first = float(np.median([t["first"] for t in times[side]]))
-        print(f"{name}: {median[side]:.1f} s, {1000 * median[side] / args.epochs:.0f} ms an epoch "
-              f"({before} apart: {first:.1f} s)")
-    ratio = median["jax"] / median["torch"]
-    print(f"ratio ours/PyTorch {ratio:.2f}")
-    if load[0] > 0.5:
-        print(f"The machine was busy (load {load[0]:.1f} before the start): the ratio says little, "
-              "as PyTorch's threads suffer more. Run again when it is idle.")
-    if args.out:
-        results.write_json(args.out, {
-            **vars(args), "times": times, "seconds": median, "ratio": ratio,
-            "ms_per_epoch": {k: 1000 * v / args.epochs for k, v in median.items()},
-            "load_before": load, "versions": results.versions()})
-
-
-if __name__ == "__main__":
-    main()
+JOBS = {"purify": purify, "sweep": sweep, "train": train}

@@ -2,11 +2,15 @@
 
 import os
 import pathlib
+from importlib import metadata
 
-# Compiling is most of the suite's time: optimise less, set before JAX starts. Level 0 is faster
-# still, but with jaxlib 0.10.2 some of its code gives NaN where levels 1 to 3 do not.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1").strip()
+# Compiling is most of the suite's time: optimise less, set before JAX starts. The older way to
+# compile fusions halves it again, and without it some code of jaxlib 0.10.2 gave NaN at this level;
+# XLA stops at flags that it does not know, so it is asked of the version that was tried alone.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false").strip()
 
 # What the workers of a run, and the next run, need not compile again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(

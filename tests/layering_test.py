@@ -44,7 +44,8 @@ def _faults(parts, source):
     if parts[0] == "awm_jax":
         faults |= tops & {"experiments"}
         faults |= rooms & FORBIDDEN.get(parts[1], set())
-    if parts[1:2] != ("torch_compat",) and parts != ("experiments", "benchmark_torch"):
+    if parts[1:2] != ("torch_compat",) and parts not in (
+            ("experiments", "benchmark_torch"), ("experiments", "benchmark")):
         faults |= tops & {"torch"}
     if parts[:2] != ("awm_jax", "data"):
         faults |= tops & {"tensorflow_datasets"}

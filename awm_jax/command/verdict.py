@@ -10,8 +10,9 @@ LIMITS = (
     "The scan looks for small, fixed changes of pixels that send images into one class, or each "
     "class into another. Backdoors that bend the whole image (WaNet) or lay a faint wave over "
     "it (SIG) looked clean to it, in the one network of each that we scanned.",
-    "A network can have a weakness of this kind without anybody having planted it; and one that "
-    "looks clean may have a backdoor of another kind.",
+    "A network can have a weakness of this kind without anybody having planted it: of ten that we "
+    "trained on clean handwritten digits, two were called suspicious. And one that looks clean may "
+    "have a backdoor of another kind.",
     "Whether triggers found here are the attacker's cannot be told without the attacker's.",
 )
 

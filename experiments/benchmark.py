@@ -1,0 +1,236 @@
+"""Ours beside the same algorithms in PyTorch: time, compile time, memory.
+
+    python -m experiments.benchmark [--job purify,train,sweep] [--arch small_vgg,resnet18]
+        [--batch 16,32] [--epochs 10] [--reps 5] [--torch_compile] [--device cpu|gpu]
+
+Every run is a process of its own, the sides take turns, and the median counts. Needs PyTorch
+(``pip install -e '.[torch]'``). Stopped and started again, it goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from awm_jax.command.options import OneLine, positive
+from awm_jax.progress import Progress
+from experiments import cli, results
+from experiments.benchmark_cells import ARCHS, JOBS, Cell
+
+_OURS, _TORCH, _COMPILED = "awm_jax", "PyTorch", "torch.compile"
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """'16,32' as numbers."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _cores() -> list[int]:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = OneLine(prog="python -m experiments.benchmark",
+                description="Time our jobs beside the same in PyTorch.")
+    p.add_argument("--job", type=cli.several(JOBS, "job"), default=("purify", "train"),
+                   help=f"one or more of: {', '.join(JOBS)}; or all (default: purify,train)")
+    p.add_argument("--arch", type=cli.several(ARCHS, "architecture"), default=("small_vgg",),
+                   help=f"one or more of: {', '.join(ARCHS)}; or all (default: small_vgg)")
+    p.add_argument("--batch", type=_batches, default=(16,),
+                   help="images a step, one or more numbers (default: 16)")
+    p.add_argument("--epochs", type=positive,
+                   help="epochs timed (default: 10 of purifying, 1 of training)")
+    p.add_argument("--images", type=positive,
+                   help="clean images of a purification, or a training set's (default: as many as "
+                   "--batch but at least 43; 2048)")
+    p.add_argument("--seeds", type=positive, default=4,
+                   help="purifications of a sweep (default: %(default)s)")
+    p.add_argument("--reps", type=positive, default=5, help="runs a side (default: %(default)s)")
+    p.add_argument("--threads", type=positive, default=len(_cores()),
+                   help="processor cores (default: all)")
+    p.add_argument("--torch_compile", action="store_true", help="time torch.compile too")
+    p.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark"),
+                   help="where benchmark.json, .md and .png go (default: %(default)s)")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    p.add_argument("--cell", help=argparse.SUPPRESS)
+    return p
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """What is to be measured."""
+    found = []
+    for job in args.job:
+        for arch in args.arch:
+            for batch in args.batch:
+                images = args.images or (2048 if job == "train" else max(43, batch))
+                if images < batch:
+                    raise ValueError(f"Expected --images={images} to be a --batch ({batch}) at "
+                                     "least.")
+                found.append(Cell(
+                    job=job, arch=arch, batch=batch, images=images, device=args.device,
+                    epochs=args.epochs or (1 if job == "train" else 10),
+                    seeds=args.seeds if job == "sweep" else 1))
+    return found
+
+
+def one(side: str, cell: Cell, threads: int) -> dict[str, float]:
+    """Runs a side's job in this process.
+
+    Args:
+      side: 'awm_jax', 'PyTorch' or 'torch.compile'.
+      cell: what to measure.
+      threads: cores to use; XLA takes as many threads as the process may have cores.
+
+    Returns:
+      `Times` as a dictionary.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _cores()[:threads])
+    if side == _OURS:
+        from experiments import benchmark_jax
+
+        return benchmark_jax.JOBS[cell.job](cell)._asdict()
+    import torch
+
+    from experiments import benchmark_torch
+
+    torch.set_num_threads(threads)
+    return benchmark_torch.JOBS[cell.job](cell, side == _COMPILED)._asdict()
+
+
+def _measure(side: str, cell: Cell, threads: int) -> dict[str, float]:
+    """`one` in a process of its own; ValueError with the end of what it said where it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", "--side", side, "--threads", str(threads),
+         "--cell", json.dumps(vars(cell))], capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0",
+             **({"JAX_PLATFORMS": "cpu"} if cell.device == "cpu" else {})})
+    if done.returncode:
+        raise ValueError(f"{side} failed at {cell}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _name(cell: Cell, threads: int) -> str:
+    """A key for a cell's runs."""
+    text = json.dumps([vars(cell), threads], sort_keys=True)
+    return f"{cell.job}-{cell.arch}-{cell.batch}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def median(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of every figure.
+
+    Example:
+      >>> median([{'seconds': 1.0}, {'seconds': 9.0}, {'seconds': 2.0}])
+      {'seconds': 2.0}
+    """
+    return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row a cell and side, ratios to eager PyTorch.
+
+    Args:
+      cells: of benchmark.json: each with ``cell`` and ``runs``, a list of times for each side.
+
+    Returns:
+      The table; a ratio under 1 means that ours is faster.
+    """
+    lines = ["| job | network | batch | side | runs | s | s an epoch | ratio to PyTorch "
+             "| compiling, or first epoch, s | with that, ratio | peak MiB | before the job |",
+             "|" + "---|" * 12]
+    for saved in cells.values():
+        cell = saved["cell"]
+        found = {side: median(runs) for side, runs in saved["runs"].items()}
+        for side, m in found.items():
+            base = found.get(_TORCH, m)
+            whole = (m["seconds"] + m["first"]) / (base["seconds"] + base["first"])
+            each = m["seconds"] / cell["epochs"] / cell["seeds"]
+            lines.append(
+                f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {side} | "
+                f"{len(saved['runs'][side])} | {m['seconds']:.1f} | {each:.3f} | "
+                f"{m['seconds'] / base['seconds']:.2f} | {m['first']:.1f} | {whole:.2f} | "
+                f"{m['peak']:.0f} | {m['before']:.0f} |")
+    return "\n".join(lines)
+
+
+def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
+    """Bars of seconds an epoch, a group a cell."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 1.8 * len(cells), 3.2), layout="constrained")
+    axis = figure.subplots()
+    sides = list(dict.fromkeys(side for saved in cells.values() for side in saved["runs"]))
+    for i, side in enumerate(sides):
+        at = [(n, median(saved["runs"][side])["seconds"] / saved["cell"]["epochs"]
+               / saved["cell"]["seeds"])
+              for n, saved in enumerate(cells.values()) if side in saved["runs"]]
+        axis.bar([n + 0.8 * (i + 0.5) / len(sides) - 0.4 for n, _ in at], [v for _, v in at],
+                 0.8 / len(sides), label=side)
+    axis.set_xticks(range(len(cells)), [f"{s['cell']['job']}\n{s['cell']['arch']}, "
+                                        f"{s['cell']['batch']}" for s in cells.values()],
+                    fontsize=8)
+    axis.set_ylabel("s an epoch")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The whole benchmark; returns the cells of benchmark.json."""
+    cells, path = _cells(args), args.out / "benchmark.json"
+    kept = json.loads(path.read_text())["cells"] if path.exists() else {}
+    sides = [_TORCH, _OURS, *([_COMPILED] if args.torch_compile else [])]
+    bar = Progress("measuring", len(cells) * args.reps * len(sides))
+    done, load = 0, os.getloadavg()[0]
+    for cell in cells:
+        saved = kept.setdefault(_name(cell, args.threads), {
+            "cell": vars(cell), "threads": args.threads, "load": load, "runs": {}})
+        for rep in range(args.reps):
+            for side in sides:
+                runs = saved["runs"].get(side, [])
+                done += 1
+                if rep >= len(runs):
+                    saved["runs"][side] = runs = [*runs, _measure(side, cell, args.threads)]
+                    results.write_json(path, {
+                        "versions": {**results.versions(), **_torch_version()}, "cells": kept})
+                    bar.update(done, seconds=runs[-1]["seconds"])
+    (args.out / "benchmark.md").write_text(table(kept) + "\n")
+    _draw(args.out / "benchmark.png", kept)
+    print(f"\n{table(kept)}\n")
+    busy = [name for name, saved in kept.items() if saved["load"] > 0.5]
+    if busy:
+        print(f"The machine was busy at the start of {', '.join(busy)}: such ratios say little, as "
+              "PyTorch's threads suffer more. Run again when it is idle, with another --out.")
+    print(f"Everything is in {args.out}/ (benchmark.json, benchmark.md, benchmark.png).")
+    return kept
+
+
+def _torch_version() -> dict[str, str]:
+    """PyTorch's version."""
+    from importlib import metadata
+
+    return {"torch": metadata.version("torch")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = _parser().parse_args(argv)
+    if args.side:
+        print(json.dumps(one(args.side, Cell(**json.loads(args.cell)), args.threads)))
+        return 0
+    return cli.run("experiments.benchmark", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

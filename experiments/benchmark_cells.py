@@ -1,0 +1,62 @@
+"""What the benchmark measures: one cell's settings and times, shared by both sides."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+JOBS = ("purify", "train", "sweep")
+ARCHS = ("small_vgg", "resnet18")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement.
+
+    Args:
+      job: 'purify' (one-shot AWM, Algorithm 1), 'train', or 'sweep' (as many purifications as
+        ``seeds``).
+      arch: a name in `ARCHS`.
+      batch: images a step.
+      epochs: epochs timed.
+      images: clean images of a purification, or the training set's.
+      classes: classes of the network.
+      steps: trigger steps, and mask steps, of an epoch of purifying.
+      seeds: of a sweep.
+      device: 'cpu' or 'gpu'.
+    """
+
+    job: str
+    arch: str
+    batch: int
+    epochs: int
+    images: int
+    classes: int = 43
+    steps: int = 10
+    seeds: int = 1
+    device: str = "cpu"
+
+
+class Times(NamedTuple):
+    """What one run of a cell took.
+
+    Args:
+      seconds: of the job itself.
+      first: seconds of compiling (ours), or of everything up to the end of a first epoch (theirs).
+      peak: most memory in MiB, of the process, or of the GPU.
+      before: the same before the job began: libraries, and what they allocate.
+      figure: mean of masks, or the training loss: both sides should agree roughly.
+    """
+
+    seconds: float
+    first: float
+    peak: float
+    before: float
+    figure: float
+
+
+def images_of(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Random images ``[n, 32, 32, 3]`` and labels: time does not depend on what they show."""
+    rng = np.random.default_rng(0)
+    return (rng.random((cell.images, 32, 32, 3), np.float32),
+            (np.arange(cell.images) % cell.classes).astype(np.int32))

@@ -1,0 +1,87 @@
+"""The benchmark: its cells, its table, its second start; both sides do their jobs."""
+
+import json
+
+import pytest
+
+from experiments import benchmark, benchmark_cells
+from experiments.benchmark_cells import Cell
+
+SMALL = {"batch": 4, "epochs": 1, "images": 6, "classes": 4, "steps": 1}
+
+
+def _times(seconds, first=1.0):
+    return {"seconds": seconds, "first": first, "peak": 300.0, "before": 200.0, "figure": 0.9}
+
+
+def test_table_by_hand():
+    """Medians 6 and 4 of ten epochs: a ratio of .67; with compiling (6 + 2) / (4 + 1) of theirs."""
+    cell = vars(Cell(job="purify", arch="small_vgg", batch=16, epochs=10, images=43))
+    text = benchmark.table({"a": {"cell": cell, "runs": {
+        "PyTorch": [_times(6.0), _times(1.0), _times(60.0)], "awm_jax": [_times(4.0, 3.0)]}}})
+    rows = text.splitlines()[2:]
+    assert rows[0] == ("| purify | small_vgg | 16 | PyTorch | 3 | 6.0 | 0.600 | 1.00 | 1.0 | 1.00 "
+                       "| 300 | 200 |")
+    assert rows[1] == ("| purify | small_vgg | 16 | awm_jax | 1 | 4.0 | 0.400 | 0.67 | 3.0 | 1.00 "
+                       "| 300 | 200 |")
+
+
+@pytest.mark.parametrize("job", benchmark_cells.JOBS)
+def test_our_side_does_every_job(job, monkeypatch):
+    monkeypatch.setattr(benchmark, "_cores", lambda: [0])
+    monkeypatch.setattr(benchmark.os, "sched_setaffinity", lambda *args: None, raising=False)
+    found = benchmark.one("awm_jax", Cell(job=job, arch="tiny_cnn", seeds=2, **SMALL), 1)
+    assert found["seconds"] > 0 and found["first"] > 0 and found["peak"] >= found["before"] > 0
+    assert (0.97 < found["figure"] < 1) if job != "train" else found["figure"] > 0
+
+
+@pytest.mark.parametrize("arch", benchmark_cells.ARCHS)
+@pytest.mark.parametrize("job", benchmark_cells.JOBS)
+def test_pytorchs_side_does_every_job(job, arch, monkeypatch, torch):
+    from experiments import benchmark_torch
+
+    found = benchmark_torch.JOBS[job](Cell(job=job, arch=arch, seeds=2, **SMALL), False)
+    assert found.seconds > 0 and found.peak >= found.before > 0
+    assert (0.97 < found.figure < 1) if job != "train" else found.figure > 0
+
+
+def test_crops_of_pytorch_are_crops(torch):
+    """Each image is a window of itself with its zeros around it."""
+    from experiments import benchmark_torch
+
+    torch.manual_seed(1)
+    x = torch.arange(1.0, 2 * 3 * 25 + 1).reshape(2, 3, 5, 5)
+    found = benchmark_torch._cropped(x, 2)
+    for image, crop in zip(torch.nn.functional.pad(x, (2,) * 4), found, strict=True):
+        windows = [image[:, i : i + 5, j : j + 5] for i in range(5) for j in range(5)]
+        assert sum(torch.equal(w, crop) for w in windows) == 1
+
+
+def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(side, cell, threads):
+        asked.append((side, cell.job, cell.arch, cell.batch, cell.images, cell.epochs))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return _times(float(len(asked)))
+
+    monkeypatch.setattr(benchmark, "_measure", measure)
+    argv = ["--reps", "2", "--batch", "16,64", "--job", "purify", "--out", str(tmp_path / "b")]
+    assert benchmark.main(argv) == 130
+    assert asked[:2] == [("PyTorch", "purify", "small_vgg", 16, 43, 10),
+                         ("awm_jax", "purify", "small_vgg", 16, 43, 10)]
+    assert benchmark.main(argv) == 0
+    assert len(asked) == 9  # two sides, two batch sizes, twice; one was interrupted
+    saved = json.loads((tmp_path / "b" / "benchmark.json").read_text())
+    assert [s["cell"]["images"] for s in saved["cells"].values()] == [43, 64]
+    assert (tmp_path / "b" / "benchmark.png").stat().st_size > 0
+    assert "| purify | small_vgg | 64 | awm_jax | 2 |" in (tmp_path / "b" / "benchmark.md"
+                                                          ).read_text()
+    assert benchmark.main([*argv, "--images", "8"]) == 2
+    assert "--images=8" in capsys.readouterr().err
+
+
+def test_a_side_that_fails_is_named():
+    with pytest.raises(ValueError, match=r"awm_jax failed at Cell\(.*KeyError: 'no_such_job'"):
+        benchmark._measure("awm_jax", Cell(job="no_such_job", arch="small_vgg", **SMALL), 1)

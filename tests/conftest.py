@@ -5,8 +5,8 @@ import pathlib
 from importlib import metadata
 
 # Compiling is most of the suite's time: optimise less, set before JAX starts. The older way to
-# compile fusions halves it again, and without it some code of jaxlib 0.10.2 gave NaN at this level;
-# XLA stops at flags that it does not know, so it is asked of the version that was tried alone.
+# compile fusions takes less time too; XLA stops at flags that it does not know, so it is asked of
+# the version alone that was tried.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import proportions
 
-ARGV = ["--epochs", "1", "--samples", "20", "--eps", ".4", "--seeds", "2", "--arch", "tiny_cnn"]
+ARGV = ["--epochs", "1", "--samples", "20", "--eps", ".4", "--seeds", "2"]
 
 
 def test_measures_the_suspect_and_a_benign_network(tiny_dataset, capsys):

@@ -81,12 +81,12 @@ def _arguments(name, params, batch):
 
 
 def _assert_close(one, other, atol=1e-4):
-    """Adam's and sign steps turn rounding into whole steps: 1% of the entries may differ."""
+    """Adam's and sign steps turn rounding into whole steps: 3% of the entries may differ."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     pairs = [(np.ravel(a).astype(float), np.ravel(b).astype(float))
              for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)]
     a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    assert np.isclose(a, b, atol=atol, rtol=1e-3).mean() > 0.99
+    assert np.isclose(a, b, atol=atol, rtol=1e-3).mean() > 0.97
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,20 @@ def one(side: str, cell: Cell, threads: int) -> dict[str, float]:
 
     Returns:
       `Times` as a dictionary.
+
+    Raises:
+      ValueError: JAX sees no such device.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, _cores()[:threads])
     if side == _OURS:
+        import jax
+
         from experiments import benchmark_jax
+
+        if jax.default_backend() != cell.device:
+            raise ValueError(f"Expected JAX to run on a {cell.device}, it runs on a "
+                             f"{jax.default_backend()}. See requirements-cuda.txt, or --device.")
 
         return benchmark_jax.JOBS[cell.job](cell)._asdict()
     import torch
@@ -117,7 +127,8 @@ def _measure(side: str, cell: Cell, threads: int) -> dict[str, float]:
         env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0",
              **({"JAX_PLATFORMS": "cpu"} if cell.device == "cpu" else {})})
     if done.returncode:
-        raise ValueError(f"{side} failed at {cell}: {done.stderr.strip().splitlines()[-1:]}")
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ValueError(f"{side} failed at {cell}: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -189,7 +200,8 @@ def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The whole benchmark; returns the cells of benchmark.json."""
     cells, path = _cells(args), args.out / "benchmark.json"
-    kept = json.loads(path.read_text())["cells"] if path.exists() else {}
+    kept = _earlier(path)
+    versions = {**results.versions(), "torch": _torch_version()}
     sides = [_TORCH, _OURS, *([_COMPILED] if args.torch_compile else [])]
     bar = Progress("measuring", len(cells) * args.reps * len(sides))
     done, load = 0, os.getloadavg()[0]
@@ -202,8 +214,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 done += 1
                 if rep >= len(runs):
                     saved["runs"][side] = runs = [*runs, _measure(side, cell, args.threads)]
-                    results.write_json(path, {
-                        "versions": {**results.versions(), **_torch_version()}, "cells": kept})
+                    results.write_json(path, {"versions": versions, "cells": kept})
                     bar.update(done, seconds=runs[-1]["seconds"])
     (args.out / "benchmark.md").write_text(table(kept) + "\n")
     _draw(args.out / "benchmark.png", kept)
@@ -216,11 +227,24 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def _torch_version() -> dict[str, str]:
-    """PyTorch's version."""
-    from importlib import metadata
+def _earlier(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The cells of an earlier start; ValueError for a file that holds none."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to hold an earlier benchmark, it does not ({error}). "
+                         "Move it away, or choose another --out.") from error
 
-    return {"torch": metadata.version("torch")}
+
+def _torch_version() -> str:
+    """PyTorch's version; ImportError where there is none to compare with."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise ImportError("Expected PyTorch, which ours is compared with: "
+                          "pip install -e '.[torch]'") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,8 +21,8 @@ def _peak(cell: Cell) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _purify(cell: Cell, seeds: int | None) -> Times:
-    """One purification, or several under `vmap`."""
+def purify(cell: Cell) -> Times:
+    """Seconds of one purification, or of a sweep under `vmap`, and of compiling it."""
     params = models.create(jax.random.key(0), Arch(name=cell.arch, num_classes=cell.classes))
     images, labels = map(jnp.asarray, images_of(cell))
     config = AWMConfig(variant="paper", epochs=cell.epochs, batch_size=cell.batch,
@@ -35,25 +35,15 @@ def _purify(cell: Cell, seeds: int | None) -> Times:
     def run(key, params, images, labels):
         return awm_steps.run(key, params, images, labels, settings)[0].masks
 
-    if seeds is not None:
+    if cell.job == "sweep":
         run = jax.vmap(run, in_axes=(0, None, None, None))
-        key = jax.random.split(key, seeds)
+        key = jax.random.split(key, cell.seeds)
     before, started = _peak(cell), time.perf_counter()
     compiled = jax.jit(run).lower(key, params, images, labels).compile()
     first, started = time.perf_counter() - started, time.perf_counter()
     found = jax.block_until_ready(compiled(key, params, images, labels))
     return Times(time.perf_counter() - started, first, _peak(cell), before,
                  float(masks.l1(found)) / masks.size(found))
-
-
-def purify(cell: Cell) -> Times:
-    """Seconds of one purification, and of compiling it."""
-    return _purify(cell, None)
-
-
-def sweep(cell: Cell) -> Times:
-    """Seconds of ``cell.seeds`` purifications as one program, and of compiling it."""
-    return _purify(cell, cell.seeds)
 
 
 def train(cell: Cell) -> Times:
@@ -76,4 +66,4 @@ def train(cell: Cell) -> Times:
     return Times(time.perf_counter() - started, first, _peak(cell), before, loss)
 
 
-JOBS = {"purify": purify, "sweep": sweep, "train": train}
+JOBS = {"purify": purify, "sweep": purify, "train": train}

@@ -174,23 +174,7 @@ class _Purifier:
 
 
 def purify(cell: Cell, compiled: bool) -> Times:
-    """Seconds of one purification, and of the epoch before it."""
-    before, started = _peak(cell), time.perf_counter()
-    warm = _Purifier(cell, compiled)
-    warm.epoch()
-    _wait(cell)
-    first = time.perf_counter() - started
-    job = _Purifier(cell, compiled)
-    job.forward = warm.forward
-    started = time.perf_counter()
-    for _ in range(cell.epochs):
-        job.epoch()
-    _wait(cell)
-    return Times(time.perf_counter() - started, first, _peak(cell), before, job.mask_mean())
-
-
-def sweep(cell: Cell, compiled: bool) -> Times:
-    """Seconds of ``cell.seeds`` purifications, one after another."""
+    """Seconds of ``cell.seeds`` purifications, one after another, and of the epoch before them."""
     before, started = _peak(cell), time.perf_counter()
     warm = _Purifier(cell, compiled)
     warm.epoch()
@@ -258,4 +242,4 @@ def train(cell: Cell, compiled: bool) -> Times:
     return Times(time.perf_counter() - started, first, _peak(cell), before, float(loss))
 
 
-JOBS = {"purify": purify, "sweep": sweep, "train": train}
+JOBS = {"purify": purify, "sweep": purify, "train": train}

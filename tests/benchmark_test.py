@@ -57,7 +57,21 @@ def test_crops_of_pytorch_are_crops(torch):
         assert sum(torch.equal(w, crop) for w in windows) == 1
 
 
+def test_what_is_missing_is_said_before_any_run(tmp_path, monkeypatch, capsys):
+    def absent(name):
+        raise benchmark.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(benchmark.results, "versions", dict)
+    monkeypatch.setattr(benchmark.metadata, "version", absent)
+    assert benchmark.main(["--out", str(tmp_path / "b")]) == 2
+    assert "pip install" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    monkeypatch.setattr(benchmark.os, "sched_setaffinity", lambda *args: None, raising=False)
+    with pytest.raises(ValueError, match="run on a gpu, it runs on a cpu"):
+        benchmark.one("awm_jax", Cell(job="train", arch="tiny_cnn", device="gpu", **SMALL), 1)
+
+
 def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "_torch_version", lambda: "none")
     asked = []
 
     def measure(side, cell, threads):
@@ -80,6 +94,10 @@ def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
                                                           ).read_text()
     assert benchmark.main([*argv, "--images", "8"]) == 2
     assert "--images=8" in capsys.readouterr().err
+    (tmp_path / "b" / "benchmark.json").write_text("[]")
+    assert benchmark.main(argv) == 2
+    assert "Move it away" in capsys.readouterr().err
+    assert (tmp_path / "b" / "benchmark.json").read_text() == "[]"
 
 
 def test_a_side_that_fails_is_named():

@@ -101,6 +101,29 @@ def test_a_run_that_loses_the_images_is_stopped(desk, monkeypatch, tmp_path, cap
     assert "stopped in epoch 2 of 3: 50%" in capsys.readouterr().out
 
 
+def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch):
+    """Neither by the survey, which is then made anew and kept, nor by the masks."""
+    labels = np.repeat(np.arange(4), 10)
+    images = np.linspace(0, 1, 40, dtype=np.float32)[:, None, None, None]
+    suspect = types.SimpleNamespace(params=tiny, batch=Batch(images, labels))
+    mine, held_out = jobs._held_out(suspect, 0)
+    asked = []
+
+    def purify(params, batch, *, config, survey, **options):
+        assert np.array_equal(np.ravel(batch.images), np.ravel(images[mine]))
+        asked.append((config.alpha, survey))
+        return types.SimpleNamespace(params=params, masks=masks.init(params.weights),
+                                     status=Status.OK, survey="its own")
+
+    accuracies = iter([1.0, 1.0, 0.9, 1.0, 0.9, 1.0, 0.9])  # held out, given, held out, ...
+    monkeypatch.setattr(jobs, "_accuracy", lambda *args: next(accuracies))
+    monkeypatch.setattr(jobs.awm_purify, "purify", purify)
+    args = types.SimpleNamespace(seed=0, epochs=None, flip=False)
+    done = jobs._awm(suspect, types.SimpleNamespace(survey="of all images"), args)
+    assert asked == [(None, None), (0.9, "its own"), (0.95, "its own")]
+    assert "no alpha kept" in done.notes[-1] and len(held_out) == 20
+
+
 @pytest.mark.parametrize("each, held_out", [(10, 20), (9, 0), (11, 24)])
 def test_half_of_each_class_is_held_out_where_there_are_enough(tiny, each, held_out):
     """Ten of each of four classes, or none; an odd one out is held out too."""

@@ -1,5 +1,6 @@
 """A scan: its score by hand, its bounds, its words; and the AUC of the experiment."""
 
+import dataclasses
 import json
 
 import jax
@@ -30,6 +31,7 @@ def _findings(damage, stay=0.5, kept=1.0):
     ([1.0, 1.0, 0.5], 0.5, 0.2, 0.0, "clean-looking"),  # the classes fell together
     ([1.0, 1.35**0.75, 0.5], 0.5, 0.2, 0.75, "unclear"),
     ([1.0, 1.0, 0.5], 0.05, 0.9, 3.0, "suspicious"),
+    ([0.0, 0.0, 0.0], 0.5, 0.2, 0.0, "clean-looking"),  # no trigger does anything
 ])
 def test_the_score_by_hand(damage, stay, kept, score, level):
     found = _findings(damage, stay, kept)
@@ -85,6 +87,9 @@ def test_what_cannot_be_scanned_is_refused(tiny, small_batch):
         detection.scan(tiny, small_batch, config=AWMConfig(variant="paper"))
     with pytest.raises(ValueError, match="normalisation"):
         detection.scan(tiny, small_batch._replace(images=small_batch.images * 3))
+    huge = dataclasses.replace(tiny, weights=jax.tree.map(lambda w: 1e30 * w, tiny.weights))
+    with pytest.raises(ValueError, match=r"finite findings.*BatchNorm"):
+        detection.scan(huge, small_batch, config=AWMConfig(tau=200.0))
 
 
 def test_auc_and_table():

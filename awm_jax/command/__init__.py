@@ -68,4 +68,4 @@ def main(argv: list[str] | None = None) -> int:
         (jobs.scan if args.command == "scan" else jobs.purify)(args)
 
     return run(f"awm-jax {args.command}", job,
-               stopped="Stopped. No network was written; the same command starts anew.")
+               stopped="Stopped. The same command starts from the beginning.")

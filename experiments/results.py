@@ -28,12 +28,17 @@ def about(dataset: Dataset) -> dict[str, Any]:
             "class_names": list(dataset.class_names)}
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_text(path: pathlib.Path, text: str) -> None:
     """Writes to a temporary name and renames: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, default=_plain))
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """A value as JSON, NumPy's among it, as `write_text` writes."""
+    write_text(path, json.dumps(value, indent=1, default=_plain))
 
 
 def _plain(value: Any) -> Any:

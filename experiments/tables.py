@@ -1,0 +1,208 @@
+"""Make the papers' tables: what is missing of them, cheapest first, for as long as there is time.
+
+    python -m experiments.tables --tables awm8 --gtsrb_dir DIR --budget 60
+    python -m experiments.report
+
+Every purification is one of `experiments.oneshot`, kept when it is done; a second start goes on.
+`experiments.report` renders what there is.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from awm_jax.defences import DEFENCES
+from experiments import cli, oneshot, table_cells
+from experiments.table_cells import TABLES, Cell
+
+RUNS = pathlib.Path("runs/tables")
+
+# Seconds one-shot on GTSRB, small VGG, 2 cores (docs/defences.md): only what orders the work until
+# a cell of the same kind was timed here.
+_SECONDS = {"ibau": 22.0, "anp": 2700.0, "swm": 600.0}
+_USUAL = 70.0
+_TRAINING = {"gtsrb": 1200.0, "cifar10": 7200.0}  # seconds, of a network that is not there yet
+
+
+def folder(cell: Cell, runs: pathlib.Path) -> pathlib.Path:
+    """The run directory of a cell: one for each data set, network and column with options.
+
+    Args:
+      cell: what is run.
+      runs: the directory of all.
+
+    Example:
+      >>> cell = next(table_cells.cells(('awm8',), 1))
+      >>> folder(cell, pathlib.Path('runs')).as_posix()
+      'runs/gtsrb-small_vgg'
+    """
+    table, suffix = TABLES[cell.table], ""
+    if cell.column.options:
+        suffix = "-" + re.sub(r"[^a-z0-9]+", "_", " ".join(cell.column.options).lower()).strip("_")
+    return runs / f"{table.dataset}-{table.arch}{suffix}"
+
+
+def read(runs: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
+    """What every run directory's results.json holds; ValueError for a damaged one."""
+    found = {}
+    for path in sorted(runs.glob("*/results.json")):
+        try:
+            run = json.loads(path.read_text())
+            run["done"] = {(c["attack"], str(c["samples"]), c["defence"], c["seed"]): c
+                           for c in run["cells"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Expected {path} to be written by experiments.oneshot, it is damaged "
+                             f"({type(error).__name__}: {error}). Move it away.") from error
+        found[path.parent] = run
+    return found
+
+
+def result(cell: Cell, found: dict[pathlib.Path, dict[str, Any]],
+           runs: pathlib.Path) -> dict[str, Any] | None:
+    """What came of a cell, None if it was not run.
+
+    Args:
+      cell: which.
+      found: from `read`.
+      runs: the directory of all.
+    """
+    run = found.get(folder(cell, runs), {})
+    return run.get("done", {}).get((cell.attack, str(cell.samples), cell.column.defence, cell.seed))
+
+
+class Estimates:
+    """How long cells take: as those like them did, a guess before the first.
+
+    Args:
+      found: from `read`.
+      runs: the directory of all.
+    """
+
+    def __init__(self, found: dict[pathlib.Path, dict[str, Any]], runs: pathlib.Path):
+        self._runs = runs
+        self._times: dict[tuple, list[float]] = {}
+        self._trained: set[tuple] = set()
+        for where, run in found.items():
+            for (attack, samples, defence, _), cell in run["done"].items():
+                self._times.setdefault((where, samples, defence), []).append(cell["seconds"])
+                self._trained.add((run["dataset"], run["arch"], attack))
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """A cell that took so long, evaluation and loading included."""
+        key = (folder(cell, self._runs), str(cell.samples), cell.column.defence)
+        self._times.setdefault(key, []).append(seconds)
+        self._trained.add(self._network(cell))
+
+    def of(self, cell: Cell) -> float:
+        """Seconds that a purification will take, its network at hand."""
+        key = (folder(cell, self._runs), str(cell.samples), cell.column.defence)
+        if key in self._times:
+            return float(np.median(self._times[key]))
+        images = cell.samples if isinstance(cell.samples, int) else 43
+        return _SECONDS.get(cell.column.defence, _USUAL) * max(1.0, images / 60)
+
+    def total(self, cells: list[Cell]) -> float:
+        """Seconds that several will take, with the training of networks that no cell had yet."""
+        new = {self._network(cell) for cell in cells} - self._trained
+        return sum(map(self.of, cells)) + sum(_TRAINING.get(network[0], 600.0) for network in new)
+
+    def _network(self, cell: Cell) -> tuple:
+        """Which network a cell purifies."""
+        table = TABLES[cell.table]
+        return table.dataset, table.arch, cell.attack
+
+
+def _arguments(cell: Cell, args: argparse.Namespace) -> list[str]:
+    """The command line of `experiments.oneshot` for a cell and the seeds before it."""
+    table = TABLES[cell.table]
+    where = {"gtsrb": args.gtsrb_dir, "cifar10": args.cifar10_dir}[table.dataset]
+    data = [] if where is None else ["--data_dir", str(where)]
+    return ["--dataset", table.dataset, *data, "--arch", table.arch, "--attack", cell.attack,
+            "--defence", cell.column.defence, "--samples", str(cell.samples),
+            "--seeds", str(cell.seed + 1), "--out", str(folder(cell, args.runs)),
+            *cell.column.options]
+
+
+def _purify(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of `experiments.oneshot`, what it prints in a file beside its results."""
+    log = folder(cell, args.runs) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file):
+        done = oneshot.run(cli.parser().parse_args(_arguments(cell, args)))
+    return next(c for c in done["cells"].values() if c["seed"] == cell.seed)
+
+
+def _missing(args: argparse.Namespace, estimates: Estimates) -> list[Cell]:
+    """Cells that no run has, the first seeds first, and of each seed the cheapest."""
+    found = read(args.runs)
+    seen, cells = set(), []
+    for cell in table_cells.cells(args.tables, args.seeds):
+        if args.defence and cell.column.defence not in args.defence:
+            continue
+        key = (folder(cell, args.runs), *cell[1:])  # tables share cells
+        if key not in seen and result(cell, found, args.runs) is None:
+            seen.add(key)
+            cells.append(cell)
+    return sorted(cells, key=lambda cell: (cell.seed, estimates.of(cell)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole job; returns how many cells are still missing."""
+    estimates = Estimates(read(args.runs), args.runs)
+    missing, ends = _missing(args, estimates), time.monotonic() + 60 * args.budget
+    print(f"{len(missing)} purifications are missing, about "
+          f"{estimates.total(missing) / 3600:.1f} h; {args.budget:g} min are given.",
+          flush=True)
+    left = list(missing)
+    for cell in missing:
+        expected = estimates.total([cell])
+        if time.monotonic() + expected > ends:
+            continue  # a cheaper one of another seed may still fit
+        started, name = time.monotonic(), " ".join(map(str, (*cell[:3], cell.column.heading)))
+        print(f"{name}, seed {cell.seed}: begun, about {expected / 60:.0f} min", flush=True)
+        done = _purify(cell, args)
+        estimates.add(cell, time.monotonic() - started)
+        left.remove(cell)
+        rest = estimates.total(left) / 3600
+        print(f"{name}, seed {cell.seed}: ACC {done['after']['acc']:.1f}, ASR "
+              f"{done['after']['asr_all']:.1f}, {time.monotonic() - started:.0f} s; {len(left)} "
+              f"are missing, about {rest:.1f} h", flush=True)
+    print(f"{len(left)} purifications are missing. python -m experiments.report --runs {args.runs} "
+          "renders what there is.")
+    return len(left)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(prog="python -m experiments.tables",
+                                description="Make the papers' tables, as far as time allows.")
+    p.add_argument("--tables", type=cli.several(TABLES, "table"), default=tuple(TABLES),
+                   help=f"one or more of: {', '.join(TABLES)}; or all (default: all)")
+    p.add_argument("--defence", type=cli.several(DEFENCES, "defence"), default=(),
+                   help="only these columns (default: all)")
+    p.add_argument("--seeds", type=cli.positive, default=3,
+                   help="purifications a cell (default: %(default)s)")
+    p.add_argument("--budget", type=float, default=60.0, metavar="MINUTES",
+                   help="nothing is begun that would end later (default: %(default)s)")
+    p.add_argument("--gtsrb_dir", type=pathlib.Path, help="the official GTSRB archives")
+    p.add_argument("--cifar10_dir", type=pathlib.Path, help="a prepared TFDS directory")
+    p.add_argument("--runs", type=pathlib.Path, default=RUNS,
+                   help="run directories (default: %(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; errors of the user's making end in one line and status 2."""
+    args = _parser().parse_args(argv)
+    return cli.run("experiments.tables", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -52,8 +52,6 @@ class NetworkSpec:
         fields = {"version": _VERSION, **dataclasses.asdict(self)}
         if self.kind in attacks.IN_TRAINING:
             fields["poisoned"] = "in every batch"
-            if self.kind.startswith("input_aware"):  # type: ignore[union-attr]  # in IN_TRAINING
-                fields["trigger"] = "settles"
         text = json.dumps(fields, sort_keys=True)
         return f"{self.dataset}-{self.arch}-{self.attack or 'clean'}-" + hashlib.sha256(
             text.encode()).hexdigest()[:12]
@@ -150,8 +148,7 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     attacker: attacks.InBatches | None = None
     begin: attacks.State | tuple = ()
     if attack is not None and attack.every_batch:
-        steps = config.epochs * (len(dataset.train_images) // config.batch_size)
-        attacker = attacks.in_batches(attack, spec.rate, config.batch_size, steps)
+        attacker = attacks.in_batches(attack, spec.rate, config.batch_size)
         begin = attacks.State(attack.trigger, attack.learner)
     images, labels = training_set(spec, dataset, attack if attacker is None else None)
     key_train = jax.random.split(jax.random.key(spec.seed))[1]

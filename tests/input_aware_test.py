@@ -1,6 +1,5 @@
 """Input-aware: its losses by hand and against PyTorch, its masks, its training along."""
 
-import dataclasses
 import functools
 import importlib
 
@@ -117,25 +116,6 @@ def test_a_step_moves_the_pattern_and_not_the_mask():
 
     assert moved(new.trigger.mask, state.trigger.mask) == 0
     assert moved(new.trigger.pattern, state.trigger.pattern) == pytest.approx(0.01, rel=1e-2)
-
-
-def test_the_generator_slows_down_at_the_published_milestones():
-    """Epochs 200, 300, 400 and 500 of 600, each by ten; the step of Adam follows."""
-    paces = [float(module.pace(jnp.array(n), 600)) for n in (0, 199, 200, 300, 400, 500, 599)]
-    np.testing.assert_allclose(paces, [1, 1, 0.1, 0.01, 1e-3, 1e-4, 1e-4], rtol=1e-6)
-    assert module.pace(jnp.array(10**6), None) == 1
-
-    state, params, _ = _found()
-    adam, rest = state.learner
-    later = state._replace(learner=(adam._replace(count=jnp.array(2, jnp.int32)), rest))
-    step = jax.jit(module.learn, static_argnums=0)
-    ends = [step(dataclasses.replace(PLAN, steps=steps), later, params, IMAGES, LABELS)[0]
-            for steps in (None, 6)]
-    full, tenth = (jax.tree.map(lambda a, b: np.asarray(a - b), end.trigger.pattern,
-                                later.trigger.pattern) for end in ends)
-    for a, b in zip(*map(jax.tree.leaves, (full, tenth)), strict=True):
-        np.testing.assert_allclose(b, 0.1 * a, atol=2e-7)
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(full)) > 5e-3
 
 
 def test_masks_become_sparse_and_differ_on_real_images():

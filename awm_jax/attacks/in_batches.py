@@ -40,7 +40,6 @@ class InBatches:
       covered: further images, >= 0.
       learn: puts the trigger and its cover on their images, and improves the trigger on the network
         as it stands: ``(plan, state, params, images, labels) -> (state, changed)``; None leaves it.
-      steps: batches of the whole training, by which ``learn`` slows down; None: it never does.
     """
 
     target: int | None
@@ -48,7 +47,6 @@ class InBatches:
     poisoned: int
     covered: int
     learn: Callable[..., tuple[State, jax.Array]] | None = None
-    steps: int | None = None
 
     def __call__(self, key: jax.Array, state: State, params: Params, images: jax.Array,
                  labels: jax.Array) -> tuple[State, jax.Array, jax.Array]:
@@ -66,16 +64,13 @@ class InBatches:
                 jnp.concatenate([wanted, labels[first:]]))
 
 
-def in_batches(attack: Attack, rate: float, batch_size: int, steps: int | None = None
-               ) -> InBatches:
+def in_batches(attack: Attack, rate: float, batch_size: int) -> InBatches:
     """How many images of each batch an attack changes: ``round(rate * B)``, at least one.
 
     Args:
       attack: one with ``every_batch``.
       rate: share of a batch that is poisoned, in (0, 1].
       batch_size: B.
-      steps: batches of the whole training, >= 1, if a trigger that is learnt along is to settle as
-        the network does.
 
     Returns:
       `InBatches`.
@@ -92,8 +87,6 @@ def in_batches(attack: Attack, rate: float, batch_size: int, steps: int | None =
     """
     validate.positive(rate=rate)
     validate.between(0.0, 1.0, rate=rate)
-    if steps is not None:
-        validate.at_least(1, steps=steps)
     if not attack.every_batch:
         raise ValueError(f"Expected an attack that poisons every batch anew, got {attack.name}. "
                          "Use awm_jax.attacks.poison.")
@@ -103,5 +96,4 @@ def in_batches(attack: Attack, rate: float, batch_size: int, steps: int | None =
         raise ValueError(f"Expected rate={rate} to leave room for {covered} images of "
                          f"{attack.name}'s cover in a batch of {batch_size}, it poisons "
                          f"{poisoned}. Lower the rate.")
-    return InBatches(attack.target, attack.num_classes, poisoned, covered, attack.learn,
-                     steps)
+    return InBatches(attack.target, attack.num_classes, poisoned, covered, attack.learn)

@@ -17,7 +17,6 @@ TARGET = 0
 COVER_RATIO = 1.0  # as many images with another image's trigger as with their own
 DENSITY, NORM_WEIGHT, DIVERSITY_WEIGHT = 0.032, 100.0, 1.0
 LR, BETAS = 0.01, (0.5, 0.9)
-MILESTONES = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of the training: epochs 200, 300, 400, 500 of 600
 MASK_STEPS, MASK_BATCH = 400, 16
 _PATTERN, _MASK = Generator(32, 3), Generator(16, 1, depth=2)
 _SMALL = 1e-7
@@ -208,36 +207,12 @@ def generator_loss(pattern: Any, mask: Any, plan: InBatches, params: Params, ima
     return entropy + DIVERSITY_WEIGHT * apart, changed
 
 
-def pace(count: jax.Array, steps: int | None) -> jax.Array:
-    """``.1^k`` after k of the milestones: a third, a half, two thirds, five sixths of the training.
-
-    A network whose own rate has fallen cannot follow a generator that still moves on.
-
-    Args:
-      count: steps done, >= 0.
-      steps: of the whole training; None for 1 throughout.
-
-    Returns:
-      A scalar in (0, 1].
-
-    Example:
-      >>> [round(float(pace(jnp.array(n), 6)), 4) for n in (1, 2, 3, 4, 5)]
-      [1.0, 0.1, 0.01, 0.001, 0.0001]
-
-    Reference: the published code of Nguyen & Tran 2020.
-    """
-    if steps is None:
-        return jnp.ones(())
-    passed = (count >= jnp.array([round(steps * at) for at in MILESTONES])).sum()
-    return 0.1 ** passed.astype(jnp.float32)
-
-
 def learn(plan: InBatches, state: State, params: Params, images: jax.Array,
           labels: jax.Array) -> tuple[State, jax.Array]:
     """Triggers a batch's images, then takes one step of Adam on G; M stays as it was trained.
 
     Args:
-      plan: how many images of the batch are poisoned and covered, and how many batches there are.
+      plan: how many images of the batch are poisoned and covered.
       state: trigger and optimiser.
       params: the network as it stands.
       images: ``[B, H, W, 3]`` in [0, 1].
@@ -250,9 +225,7 @@ def learn(plan: InBatches, state: State, params: Params, images: jax.Array,
     pattern, mask = cast(InputAware, state.trigger)
     gradient, changed = jax.grad(generator_loss, has_aux=True)(pattern, mask, plan, params, images,
                                                                labels)
-    slower = pace(optax.tree_utils.tree_get(state.learner, "count"), plan.steps)
     updates, learner = _optimiser().update(gradient, state.learner, pattern)
-    updates = jax.tree.map(lambda update: slower * update, updates)
     return State(InputAware(optax.apply_updates(pattern, updates), mask), learner), changed
 
 
@@ -264,8 +237,7 @@ def input_aware(key: jax.Array, image_shape: tuple[int, int, int], num_classes: 
     image's own trigger counts. In each batch the generator and the network step on the same images;
     the generator sees the network with its running BatchNorm statistics (in the paper, those of the
     batch), and both generators are smaller than the paper's and normalised by image. The mask
-    network is trained before, for 400 steps instead of 25 epochs. The generator's rate falls at the
-    published milestones where `in_batches` is told how long the training is.
+    network is trained before, for 400 steps instead of 25 epochs.
 
     **Threat model**: the attacker trains the network; the defender gets it.
 

@@ -91,8 +91,6 @@ def load(directory: Path) -> tuple[Params, dict[str, Any]]:
 def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None, *,
               overwrite: bool = False) -> None:
     """Writes any tree of arrays, such as a training state; arguments as `save`."""
-    import orbax.checkpoint as ocp
-
     target = pathlib.Path(directory).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(
@@ -108,7 +106,7 @@ def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(temporary / "tree", jax.tree.map(np.asarray, tree))
         (temporary / _SIDECAR).write_text(json.dumps(metadata or {}))
         _replace(temporary, target)
@@ -145,6 +143,46 @@ def load_tree(directory: Path, like: Any) -> Any:
     return tree
 
 
+def metadata(directory: Path) -> dict[str, Any]:
+    """What `save_tree` was given beside the tree, without reading that.
+
+    Args:
+      directory: as `save_tree` wrote it.
+
+    Returns:
+      The metadata.
+
+    Raises:
+      FileNotFoundError: nothing there.
+
+    Example: `metadata('runs/state')['done']`.
+    """
+    return json.loads((pathlib.Path(directory) / _SIDECAR).read_text())
+
+
+def remove(directory: Path) -> None:
+    """Deletes a checkpoint; anything else that may be there is left alone.
+
+    Example: `remove('runs/state')`.
+    """
+    if exists(directory):
+        shutil.rmtree(directory)
+
+
+def _checkpointer() -> Any:
+    """Orbax's, for this process alone: what several write at a time are different files."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    mine = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=mine, active_processes={mine},
+                                   barrier_sync_key_prefix=f"process{mine}")
+    if jax.process_count() == 1:
+        alone = MultiprocessingOptions()
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+                            multiprocessing_options=alone)
+
+
 def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """Puts a finished directory in place of an old one, which goes last."""
     old = temporary.with_name(f"{temporary.name}-old")
@@ -161,8 +199,6 @@ def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
 
 def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree and what lies beside it."""
-    import orbax.checkpoint as ocp
-
     target = pathlib.Path(directory).absolute()
     if not exists(target):
         raise FileNotFoundError(
@@ -171,7 +207,7 @@ def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         )
     try:
         sidecar = json.loads((target / _SIDECAR).read_text())
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             tree = checkpointer.restore(target / "tree", item=like)
     except Exception as error:  # Orbax raises many kinds for a damaged directory
         raise OSError(f"{target} is damaged or holds another structure: {error}") from error

@@ -107,7 +107,7 @@ def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None
     temporary.mkdir()
     try:
         with _checkpointer() as checkpointer:
-            checkpointer.save(temporary / "tree", jax.tree.map(np.asarray, tree))
+            checkpointer.save(temporary / "tree", jax.tree.map(_writable, tree))
         (temporary / _SIDECAR).write_text(json.dumps(metadata or {}))
         _replace(temporary, target)
     finally:
@@ -169,18 +169,34 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def _checkpointer() -> Any:
-    """Orbax's, for this process alone: what several write at a time are different files."""
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint.options import MultiprocessingOptions
+def _writable(leaf: Any) -> Any:
+    """A leaf as Orbax writes it: of several processes' NumPy arrays it takes the first one's only.
 
-    mine = jax.process_index()
-    alone = MultiprocessingOptions(primary_host=mine, active_processes={mine},
-                                   barrier_sync_key_prefix=f"process{mine}")
+    To Orbax the array is one that all processes hold; it looks at none but this one's copy.
+    """
     if jax.process_count() == 1:
-        alone = MultiprocessingOptions()
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-                            multiprocessing_options=alone)
+        return np.asarray(leaf)
+    first = tuple({d.process_index: d for d in reversed(jax.devices())}.values())
+    everywhere = jax.NamedSharding(jax.make_mesh((len(first),), ("all",), devices=first), jax.P())
+    return jax.make_array_from_callback(np.shape(leaf), everywhere, lambda _: np.asarray(leaf))
+
+
+def _checkpointer() -> Any:
+    """Orbax's, for this process alone: several that belong together write different files."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.PyTreeCheckpointer()
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine},
+                                               barrier_sync_key_prefix=f"process{mine}")
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(
+            primary_host=mine, replica_id=None, use_replica_parallel=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (int, ocp.type_handlers.ScalarHandler()))
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, type_handler_registry=handlers),
+        multiprocessing_options=alone)
 
 
 def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
@@ -199,6 +215,8 @@ def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
 
 def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree and what lies beside it."""
+    import orbax.checkpoint as ocp
+
     target = pathlib.Path(directory).absolute()
     if not exists(target):
         raise FileNotFoundError(
@@ -208,7 +226,12 @@ def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     try:
         sidecar = json.loads((target / _SIDECAR).read_text())
         with _checkpointer() as checkpointer:
-            tree = checkpointer.restore(target / "tree", item=like)
+            shape = like
+            if like is None:
+                shape = checkpointer.metadata(target / "tree").item_metadata.tree
+            # Told the kind, Orbax does not ask which devices of which process wrote the file.
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shape)
+            tree = checkpointer.restore(target / "tree", item=like, restore_args=kinds)
     except Exception as error:  # Orbax raises many kinds for a damaged directory
         raise OSError(f"{target} is damaged or holds another structure: {error}") from error
     return tree, sidecar

@@ -3,8 +3,8 @@
 What runs is always a program of ``chunk`` rows on each device, called again until no row is left.
 A row's arithmetic therefore depends on the chunk: not on how many rows there are, which ones keep
 it company or in which order; nor on how many devices they are spread, from two on. For one device
-XLA runs fewer passes than for several (no partitioner, which also merges what is computed twice), so
-that between one and several the last bit may differ.
+XLA runs fewer passes than for several (no partitioner, which also merges what is computed twice),
+so that between one and several the last bit may differ.
 """
 
 import dataclasses

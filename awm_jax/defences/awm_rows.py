@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk
 
 def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
            chunk: int | None = None, devices: Sequence[jax.Device] | None = None,
-           keep: pathlib.Path | None = None, on_epochs: Watch | None = None,
+           keep: checkpoint.Path | None = None, on_epochs: Watch | None = None,
            tell: Callable[[str], None] = lambda text: None) -> Iterator[Group]:
     """`awm_jax.purify` over rows; each gets what it would get alone, but for rounding.
 
@@ -163,7 +162,7 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
         raise ValueError("Expected a name of its own for each row, which a sweep that was "
                          "interrupted finds it by.")
     meta = _kept(keep, rows, chunk, settings.epochs, every)
-    if meta is not None:
+    if meta is not None:  # the same bits need it
         chunk = meta["chunk"]
     begin, epochs = _programs(tree, stacked, settings, every, chunk, devices)
     tell(epochs.why)
@@ -233,7 +232,7 @@ def _queue(count: int, size: int, kept: tuple[np.ndarray, _Progress] | None) -> 
         yield _Start(rest[first : first + size], None)
 
 
-def _save(keep: pathlib.Path, names: list[str], chunk: int, progress: _Progress) -> None:
+def _save(keep: checkpoint.Path, names: list[str], chunk: int, progress: _Progress) -> None:
     """Writes where a group stands; flat, as trees of several kinds come back as one."""
     leaves = jax.tree.leaves(progress)
     checkpoint.save_tree(keep, {str(i): leaf for i, leaf in enumerate(leaves)},
@@ -241,7 +240,7 @@ def _save(keep: pathlib.Path, names: list[str], chunk: int, progress: _Progress)
                          overwrite=True)
 
 
-def _kept(keep: pathlib.Path | None, rows: Sequence[Row], chunk: int | None, epochs: int,
+def _kept(keep: checkpoint.Path | None, rows: Sequence[Row], chunk: int | None, epochs: int,
           every: int) -> dict[str, Any] | None:
     """What is said of an interrupted group; None if there is none that can go on as told."""
     if keep is None or not checkpoint.exists(keep):
@@ -253,7 +252,7 @@ def _kept(keep: pathlib.Path | None, rows: Sequence[Row], chunk: int | None, epo
     return meta if fits else None
 
 
-def _load(keep: pathlib.Path, meta: dict[str, Any], rows: Sequence[Row],
+def _load(keep: checkpoint.Path, meta: dict[str, Any], rows: Sequence[Row],
           like: tuple) -> tuple[np.ndarray, _Progress]:
     """Numbers of the interrupted rows, and where they stand."""
     count = len(meta["rows"])

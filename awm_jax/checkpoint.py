@@ -91,8 +91,6 @@ def load(directory: Path) -> tuple[Params, dict[str, Any]]:
 def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None, *,
               overwrite: bool = False) -> None:
     """Writes any tree of arrays, such as a training state; arguments as `save`."""
-    import orbax.checkpoint as ocp
-
     target = pathlib.Path(directory).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(
@@ -108,8 +106,8 @@ def save_tree(directory: Path, tree: Any, metadata: dict[str, Any] | None = None
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "tree", jax.tree.map(np.asarray, tree))
+        with _checkpointer() as checkpointer:
+            checkpointer.save(temporary / "tree", jax.tree.map(_writable, tree))
         (temporary / _SIDECAR).write_text(json.dumps(metadata or {}))
         _replace(temporary, target)
     finally:
@@ -145,6 +143,62 @@ def load_tree(directory: Path, like: Any) -> Any:
     return tree
 
 
+def metadata(directory: Path) -> dict[str, Any]:
+    """What `save_tree` was given beside the tree, without reading that.
+
+    Args:
+      directory: as `save_tree` wrote it.
+
+    Returns:
+      The metadata.
+
+    Raises:
+      FileNotFoundError: nothing there.
+
+    Example: `metadata('runs/state')['done']`.
+    """
+    return json.loads((pathlib.Path(directory) / _SIDECAR).read_text())
+
+
+def remove(directory: Path) -> None:
+    """Deletes a checkpoint; anything else that may be there is left alone.
+
+    Example: `remove('runs/state')`.
+    """
+    if exists(directory):
+        shutil.rmtree(directory)
+
+
+def _writable(leaf: Any) -> Any:
+    """A leaf as Orbax writes it: of several processes' NumPy arrays it takes the first one's only.
+
+    To Orbax the array is one that all processes hold; it looks at none but this one's copy.
+    """
+    if jax.process_count() == 1:
+        return np.asarray(leaf)
+    first = tuple({d.process_index: d for d in reversed(jax.devices())}.values())
+    everywhere = jax.NamedSharding(jax.make_mesh((len(first),), ("all",), devices=first), jax.P())
+    return jax.make_array_from_callback(np.shape(leaf), everywhere, lambda _: np.asarray(leaf))
+
+
+def _checkpointer() -> Any:
+    """Orbax's, for this process alone: several that belong together write different files."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.PyTreeCheckpointer()
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine},
+                                               barrier_sync_key_prefix=f"process{mine}")
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(
+            primary_host=mine, replica_id=None, use_replica_parallel=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (int, ocp.type_handlers.ScalarHandler()))
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, type_handler_registry=handlers),
+        multiprocessing_options=alone)
+
+
 def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """Puts a finished directory in place of an old one, which goes last."""
     old = temporary.with_name(f"{temporary.name}-old")
@@ -171,8 +225,13 @@ def _restore(directory: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         )
     try:
         sidecar = json.loads((target / _SIDECAR).read_text())
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(target / "tree", item=like)
+        with _checkpointer() as checkpointer:
+            shape = like
+            if like is None:
+                shape = checkpointer.metadata(target / "tree").item_metadata.tree
+            # Told the kind, Orbax does not ask which devices of which process wrote the file.
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shape)
+            tree = checkpointer.restore(target / "tree", item=like, restore_args=kinds)
     except Exception as error:  # Orbax raises many kinds for a damaged directory
         raise OSError(f"{target} is damaged or holds another structure: {error}") from error
     return tree, sidecar

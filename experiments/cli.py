@@ -78,6 +78,15 @@ def _setting(text: str) -> tuple[str, str]:
     raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
 
 
+def _grid(text: str) -> tuple[str, tuple[str, ...]]:
+    """'NAME=VALUE,VALUE' in parts."""
+    name, values = _setting(text)
+    several_values = tuple(values.split(","))
+    if all(several_values) and len(set(several_values)) == len(several_values):
+        return name, several_values
+    raise argparse.ArgumentTypeError(f"expected NAME=VALUE,VALUE of different values, got {text!r}")
+
+
 def check(args: argparse.Namespace) -> None:
     """What argparse cannot see of `scene_parser`'s options.
 
@@ -192,6 +201,9 @@ def parser() -> argparse.ArgumentParser:
     defence.add_argument("--set", type=_setting, action="append", metavar="NAME=VALUE",
                          help="a setting of the chosen defences that have it, such as "
                          "threshold=.3; repeatable")
+    defence.add_argument("--grid", type=_grid, action="append", metavar="NAME=VALUE,VALUE",
+                         help="the chosen defences that have the setting once with each value, as "
+                         "rows of their own; repeatable, each with each")
     defence.add_argument("--seeds", type=positive, default=3,
                          help="purifications, each with other clean images (default: %(default)s)")
     out = p.add_argument_group("output")
@@ -199,4 +211,24 @@ def parser() -> argparse.ArgumentParser:
                      help="run directory (default: runs/oneshot-DATASET-ARCH)")
     out.add_argument("--fresh", action="store_true",
                      help="drop the results already in the run directory instead of resuming")
+    _sweep_options(p)
+    p.set_defaults(variant="")
     return p
+
+
+def _sweep_options(p: argparse.ArgumentParser) -> None:
+    """Options that say how purifications share devices and hosts."""
+    many = p.add_argument_group("many at once")
+    many.add_argument("--sweep", choices=("auto", "on", "off"), default="auto",
+                      help="purify attacks, seeds and settings together, as many at a time as fit "
+                      "into memory, on all devices; auto: unless there is one CPU device alone")
+    many.add_argument("--chunk", type=positive,
+                      help="purifications at a time on each device in a sweep (default: as many "
+                      "as fit; on a CPU one)")
+    many.add_argument("--distributed", action="store_true",
+                      help="this is one of several hosts, each with a share of the work: "
+                      "jax.distributed.initialize, which knows clusters; elsewhere with the three "
+                      "options below, the same command on each host")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="where host 0 listens")
+    many.add_argument("--num_hosts", type=positive, help="how many there are")
+    many.add_argument("--host", type=int, metavar="I", help="which of them this is, from 0")

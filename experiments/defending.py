@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import time
@@ -21,6 +22,7 @@ from awm_jax.defences.base import by_path
 from awm_jax.defences.survey import Survey
 from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
+from awm_jax.types import Batch
 from experiments import presets
 from experiments.scene import Scene
 
@@ -65,6 +67,11 @@ def fingerprint(name: str, args, dataset: Dataset) -> str:
     return hashlib.sha256(f"{chosen!r}{constants}".encode()).hexdigest()[:8]
 
 
+def label(name: str, args) -> str:
+    """What a defence is called in results: its name, and the values of ``--grid``, if any."""
+    return f"{name}-{args.variant}" if args.variant else name
+
+
 def defend(scene: Scene, name: str, seed: int, args, folder: pathlib.Path) -> dict:
     """Purifies, measures, and leaves pictures and the purified network in ``folder``.
 
@@ -79,55 +86,94 @@ def defend(scene: Scene, name: str, seed: int, args, folder: pathlib.Path) -> di
       What results.json keeps of it.
     """
     chosen = config(name, args, scene.dataset)
-    batch, indices = scene.clean(seed, args.samples)
-    run = _awm if isinstance(chosen, AWMConfig) else _any
-    params, cell = run(scene, name, chosen, batch, seed, folder)
-    stem = f"{scene.name.replace(':', '-')}-{name}"
-    checkpoint.save(folder / "purified" / f"{stem}-{seed}", params, {"status": cell["status"]},
-                    overwrite=True)
-    after = scene.evaluate(params)
+    given, title = data_of(scene, name, seed, args), label(name, args)
+    run = functools.partial(_awm if isinstance(chosen, AWMConfig) else _any, scene, name)
+    return keep(scene, name, seed, args, folder, *run(title, chosen, given, seed))
+
+
+def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: Any,
+         seconds: float, curve: dict | None) -> dict:
+    """Measures a purification, and leaves pictures and the network, as `defend` does.
+
+    Args:
+      scene, name, seed, args, folder: as `defend`.
+      found: `Purified` of AWM, `Result` of another defence.
+      seconds: how long it took.
+      curve: of AWM, as `watch` fills it.
+
+    Returns:
+      What results.json keeps of it.
+    """
+    chosen = config(name, args, scene.dataset)
+    _, indices = scene.clean(seed, args.samples)
+    title = label(name, args)
+    if isinstance(found, Purified):
+        settings = chosen.resolve(len(indices), scene.params.arch.image_shape)
+        told = {"settings": dataclasses.asdict(settings), "history": found.history,
+                "curve": curve, **_surveyed(found.survey)}
+        if seed == 0:
+            _pictures(scene, found, curve or no_curve(), title, folder)
+    else:
+        told = {"settings": dataclasses.asdict(chosen),
+                "info": {key: leaf for key, leaf in by_path(found.info).items()
+                         if np.size(leaf) <= _INFO_SIZE}}
+    stem = f"{scene.name.replace(':', '-')}-{title}"
+    checkpoint.save(folder / "purified" / f"{stem}-{seed}", found.params,
+                    {"status": found.status.name}, overwrite=True)
+    after = scene.evaluate(found.params)
     return {
-        "attack": scene.name, "defence": name, "seed": seed, "samples": args.samples,
+        "attack": scene.name, "defence": title, "seed": seed, "samples": args.samples,
         "before": scene.before._asdict(), "after": after._asdict(),
         "der": metrics.defence_effectiveness(scene.before, after),
-        "target": scene.attack.target, "clean_indices": indices, **cell,
+        "target": scene.attack.target, "clean_indices": indices, "status": found.status.name,
+        "seconds": seconds, **told,
     }
 
 
-def _any(scene: Scene, name: str, chosen, batch, seed: int, folder) -> tuple[Any, dict]:
+def data_of(scene: Scene, name: str, seed: int, args) -> Batch:
+    """What a defence is given besides the network: clean images, or the training set."""
+    if DEFENCES[name].needs == "training":
+        return scene.training_set
+    return scene.clean(seed, args.samples)[0]
+
+
+def _any(scene: Scene, name: str, title: str, chosen, given: Batch,
+         seed: int) -> tuple[Any, float, None]:
     """A defence as the registry has it."""
-    del folder
-    defence = DEFENCES[name]
-    data = scene.training_set if defence.needs == "training" else batch
     started = time.perf_counter()
-    with waiting(f"{scene.name}, {name}, seed {seed}"):
-        found = jax.block_until_ready(defence(scene.params, data, key=jax.random.key(seed),
-                                              config=chosen))
-    seconds = time.perf_counter() - started
-    return found.params, {
-        "status": found.status.name, "seconds": seconds, "settings": dataclasses.asdict(chosen),
-        "info": {key: leaf for key, leaf in by_path(found.info).items()
-                 if np.size(leaf) <= _INFO_SIZE},
-    }
+    with waiting(f"{scene.name}, {title}, seed {seed}"):
+        found = jax.block_until_ready(DEFENCES[name](
+            scene.params, given, key=jax.random.key(seed), config=chosen))
+    return found, time.perf_counter() - started, None
 
 
-def _awm(scene: Scene, name: str, chosen: AWMConfig, batch, seed: int,
-         folder: pathlib.Path) -> tuple[Any, dict]:
-    """AWM with its progress, its curves and its pictures."""
+def no_curve() -> dict[str, list[float]]:
+    """Figure 4's curve before its first point."""
+    return {"epoch": [], "clean_accuracy": [], "asr": []}
+
+
+def watch(scene: Scene, masks: Any, done: int, curve: dict[str, list[float]]) -> None:
+    """Adds a point to Figure 4's curve."""
+    now = scene.evaluate(with_masks(scene.params, masks), _HISTORY_IMAGES)
+    curve["epoch"].append(done)
+    curve["clean_accuracy"].append(now.acc)
+    curve["asr"].append(now.asr)
+
+
+def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
+         seed: int) -> tuple[Purified, float, dict]:
+    """AWM with its progress and, from the first seed, its curve."""
+    del name
     settings = chosen.resolve(len(batch.images), scene.params.arch.image_shape)
-    progress = Progress(f"purifying {scene.name}, {name}, seed {seed}", settings.epochs)
-    curve: dict[str, list[float]] = {"epoch": [], "clean_accuracy": [], "asr": []}
-    watching = 0.0
+    progress = Progress(f"purifying {scene.name}, {title}, seed {seed}", settings.epochs)
+    curve, watching = no_curve(), 0.0
 
     def on_epochs(done, total, state, latest):
         nonlocal watching
         del total
         started = time.perf_counter()
         if seed == 0:  # Figure 4, from the first seed; it only watches
-            now = scene.evaluate(with_masks(scene.params, state.masks), _HISTORY_IMAGES)
-            curve["epoch"].append(done)
-            curve["clean_accuracy"].append(now.acc)
-            curve["asr"].append(now.asr)
+            watch(scene, state.masks, done, curve)
         watching += time.perf_counter() - started
         progress.update(done, clean=latest["clean_loss"], triggered=latest["trigger_loss"],
                         mask=latest["mask_mean"])
@@ -137,12 +183,7 @@ def _awm(scene: Scene, name: str, chosen: AWMConfig, batch, seed: int,
                    on_epochs=on_epochs)
     seconds = time.perf_counter() - started - watching
     progress.close()
-    if seed == 0:
-        _pictures(scene, found, curve, name, folder)
-    return found.params, {
-        "status": found.status.name, "seconds": seconds, "settings": dataclasses.asdict(settings),
-        "history": found.history, "curve": curve, **_surveyed(found.survey),
-    }
+    return found, seconds, curve
 
 
 def _surveyed(survey: Survey | None) -> dict:

@@ -2,8 +2,9 @@
 
     python -m experiments.merge runs/seeds0-2 runs/other-attacks --out table.md
 
-Runs that were split (by attack, by seed, over machines) are read from their results.json; of a
-purification that is in several, the first is taken. Runs on other data sets, networks or numbers of
+Runs that were split (by attack, by seed, over machines) are read from their results.json, and from
+results-host<i>.json where several hosts wrote into one directory; of a purification that is in
+several files, the first is taken. Runs on other data sets, networks or numbers of
 clean images are refused: their figures do not belong into one mean.
 """
 
@@ -13,7 +14,7 @@ import pathlib
 import sys
 
 from awm_jax import data
-from experiments import cli, results
+from experiments import cli, hosts, results
 
 
 def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
@@ -31,15 +32,18 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
     """
     cells: dict[tuple, dict] = {}
     kinds, counts = set(), set()
+    files = []
     for path in paths:
-        file = path / "results.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"Expected {file}, found none. Is {path} a run directory?")
+        if not (found := hosts.results_files(path)):
+            raise FileNotFoundError(f"Expected {path / 'results.json'} or results-host<i>.json "
+                                    f"there, found none. Is {path} a run directory?")
+        files += found
+    for file in files:
         try:
-            found = json.loads(file.read_text())
-            counts.add(found.get("num_classes"))
-            for cell in found["cells"].values():
-                kinds.add((found["dataset"], found["arch"], str(cell["samples"])))
+            run = json.loads(file.read_text())
+            counts.add(run.get("num_classes"))
+            for cell in run["cells"].values():
+                kinds.add((run["dataset"], run["arch"], str(cell["samples"])))
                 cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected {file} to be written by experiments.oneshot; it is damaged "

@@ -4,18 +4,25 @@
     python -m experiments.oneshot --dataset=gtsrb --defence all --attack all
 
 Every finished purification is kept in the run directory's results.json and not done again by a
-second start; networks are cached and their training resumes.
+second start; networks are cached and their training resumes. On a GPU, a TPU or several devices
+attacks, seeds and settings share a program (--sweep, docs/sweeps.md).
 """
 
+import argparse
+import functools
+import itertools
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from awm_jax import data
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cli, defending, presets, results, scene
+from experiments import cli, defending, hosts, presets, results, scene, sweeping
+from experiments.sweeping import Cell
 
 
 def _unfit(name: str, args, arch: Arch) -> str | None:
@@ -44,24 +51,32 @@ def _defences(args, dataset: Dataset) -> tuple[str, ...]:
     if said:
         print(said, flush=True)
     known = {field for name in names for field in vars(DEFENCES[name].default)}
-    for field, _ in args.set or ():
+    for field, _ in [*(args.set or ()), *(args.grid or ())]:
         if field not in known:
-            raise ValueError(f"Expected --set {field} to be a setting of a chosen defence; they "
-                             f"are: {', '.join(sorted(known))}.")
+            raise ValueError(f"Expected {field} of --set or --grid to be a setting of a chosen "
+                             f"defence; they are: {', '.join(sorted(known))}.")
     for name in names:
-        defending.config(name, args, dataset)
+        for variant in _variants(name, args):
+            defending.config(name, variant, dataset)
     return names
+
+
+def _variants(name: str, args) -> list[argparse.Namespace]:
+    """The options once for each point of the defence's ``--grid``."""
+    fields = vars(DEFENCES[name].default)
+    axes = [[(field, value) for value in values] for field, values in args.grid or ()
+            if field in fields]
+    return [argparse.Namespace(**{
+        **vars(args), "set": [*(args.set or ()), *point],
+        "variant": ",".join(f"{field}={value}" for field, value in point)})
+        for point in itertools.product(*axes)]
 
 
 class _Cells:
     """Counts finished cells and says how long the rest may take."""
 
-    def __init__(self, total: int):
-        self._total, self._left, self._spent, self._done = total, total, 0.0, 0
-
-    def skip(self) -> None:
-        """A cell of an earlier start."""
-        self._left -= 1
+    def __init__(self, total: int, left: int):
+        self._total, self._left, self._spent, self._done = total, left, 0.0, 0
 
     def finish(self, cell: dict, seconds: float) -> None:
         """One line a cell, with its figures."""
@@ -75,38 +90,106 @@ class _Cells:
 
 
 def run(args) -> dict:
-    """The whole job; returns what results.json holds."""
+    """The whole job; returns what results.json holds, of one of several hosts its own."""
+    hosts.join(args)
     dataset = cli.load(args)
     scene.check(args, dataset, (args.samples,))
-    defences = _defences(args, dataset)
+    names = _defences(args, dataset)
+    every = [Cell(attack, name, seed, variant, _cell_name(attack, name, seed, variant, dataset))
+             for attack in args.attack for name in names for variant in _variants(name, args)
+             for seed in range(args.seeds)]
     folder = args.out or pathlib.Path("runs") / f"oneshot-{dataset.name}-{args.arch}"
-    path = folder / "results.json"
-    cells = {} if args.fresh else results.read_cells(path, dataset.name, args.arch)
-    shared = {**results.about(dataset), "arch": args.arch, "versions": results.versions(),
-              "command": " ".join(["python -m experiments.oneshot", *sys.argv[1:]])}
-    counted = _Cells(len(args.attack) * len(defences) * args.seeds)
-    mine = []
-    for attack in args.attack:
-        on_stage = None
-        for defence in defences:
-            for seed in range(args.seeds):
-                name = _cell_name(attack, defence, seed, args, dataset)
-                mine.append(name)
-                if name in cells:
-                    counted.skip()
-                    continue
-                if on_stage is None:
-                    on_stage = scene.make(attack, args, dataset,
-                                          data.cache_directory() / "networks")
-                    defending.show_attack(on_stage, folder)
-                started = time.perf_counter()
-                cells[name] = defending.defend(on_stage, defence, seed, args, folder)
-                results.write_json(path, {**shared, "cells": cells})
-                counted.finish(cells[name], time.perf_counter() - started)
-    text = results.report([cells[c] for c in mine], dataset.num_classes)
-    (folder / "table.md").write_text(text + "\n")
-    print(f"\n{text}\n\nEverything is in {folder}/ (results.json, table.md, pictures, purified/).")
-    return {**shared, "cells": {c: cells[c] for c in mine}}
+    book = _Book(folder, args, dataset)
+    mine = hosts.share(every)
+    todo = [cell for cell in mine if cell.name not in book.known]
+    sweeps = sweeping.wanted(args.sweep)
+    stage = _stage(args, dataset, folder, keep=sweeps)
+    _train(args.attack, [cell for cell in every if cell.name not in book.known], args, dataset)
+    _work(todo, stage, folder, book, _Cells(len(mine), len(todo)), args.chunk if sweeps else 0)
+    hosts.wait("done")
+    book.read()
+    done = {cell.name: book.known[cell.name] for cell in every if cell.name in book.known}
+    if hosts.first():
+        text = results.report(list(done.values()), dataset.num_classes)
+        (folder / "table.md").write_text(text + "\n")
+        print(f"\n{text}\n\nEverything is in {folder}/ ({book.path.name}, table.md, pictures, "
+              "purified/).")
+    return {**book.about, "cells": done}
+
+
+class _Book:
+    """Finished cells: of this host, written by it, and of all."""
+
+    def __init__(self, folder: pathlib.Path, args, dataset: Dataset):
+        self._folder, self._kind = folder, (dataset.name, args.arch)
+        self.path = hosts.results_file(folder)
+        self.about = {**results.about(dataset), "arch": args.arch, "versions": results.versions(),
+                      "command": " ".join(["python -m experiments.oneshot", *sys.argv[1:]])}
+        if args.fresh and hosts.first():
+            for path in hosts.results_files(folder):
+                path.unlink()
+        hosts.wait("fresh")
+        self._mine: dict[str, dict] = results.read_cells(self.path, *self._kind)
+        self.read()
+        hosts.wait("read")
+
+    def read(self) -> None:
+        """Finds what is there by now, of every host."""
+        self.known: dict[str, dict] = {}
+        for path in hosts.results_files(self._folder):
+            self.known = {**results.read_cells(path, *self._kind), **self.known}
+
+    def add(self, cells: dict[str, dict]) -> None:
+        """Writes finished cells."""
+        self._mine |= cells
+        self.known |= cells
+        results.write_json(self.path, {**self.about, "cells": self._mine})
+
+
+def _stage(args, dataset: Dataset, folder: pathlib.Path,
+           keep: bool) -> Callable[[str], scene.Scene]:
+    """Attacks to scenes, each made once; a sweep needs them together, a loop one at a time."""
+    @functools.lru_cache(maxsize=None if keep else 1)
+    def stage(attack: str) -> scene.Scene:
+        on_stage = scene.make(attack, args, dataset, _networks())
+        defending.show_attack(on_stage, folder)
+        return on_stage
+
+    return stage
+
+
+def _networks() -> pathlib.Path:
+    """Where networks are kept."""
+    return data.cache_directory() / "networks"
+
+
+def _train(attacks: tuple[str, ...], left: list[Cell], args, dataset: Dataset) -> None:
+    """Of several hosts, each trains the networks of some attacks, and waits for the others."""
+    if hosts.alone():
+        return
+    needed = {cell.attack for cell in left}
+    for attack in hosts.turns(attacks):
+        if attack in needed:
+            scene.make(attack, args, dataset, _networks())
+    hosts.wait("networks")
+
+
+def _work(todo: list[Cell], stage: Callable[[str], scene.Scene], folder: pathlib.Path,
+          book: _Book, counted: _Cells, chunk: int | None) -> None:
+    """Purifies, one by one or (``chunk`` is not 0) together; what is finished is written."""
+    groups: Any
+    if chunk != 0:
+        groups = sweeping.defend(todo, stage, chunk, folder)
+    else:
+        groups = (([cell], [defending.defend(stage(cell.attack), cell.defence, cell.seed,
+                                             cell.args, folder)]) for cell in todo)
+    started = time.perf_counter()
+    for cells, found in groups:
+        book.add({cell.name: one for cell, one in zip(cells, found, strict=True)})
+        seconds = (time.perf_counter() - started) / len(cells)
+        for one in found:
+            counted.finish(one, seconds)
+        started = time.perf_counter()
 
 
 def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
@@ -115,8 +198,9 @@ def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> 
     network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"
-    settings = f"{defence}-{defending.fingerprint(defence, args, dataset)}-{args.samples}"
-    return f"{attack}{trigger}{target}/{network}/{settings}/{seed}"
+    settings = f"{defending.fingerprint(defence, args, dataset)}-{args.samples}"
+    title = defending.label(defence, args)
+    return f"{attack}{trigger}{target}/{network}/{title}-{settings}/{seed}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -150,17 +150,17 @@ def tiny64(x64, tiny) -> Params:
     return Params(wide(tiny.weights), wide(tiny.batch_stats), tiny.arch)
 
 
+def tiny_images(count):
+    """Dark and bright 8x8 images of ten classes, and their labels."""
+    labels = (np.arange(count) % 10).astype(np.int32)
+    noise = np.random.default_rng(count).integers(0, 30, (count, 8, 8, 3))
+    return (noise + 20 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
 @pytest.fixture
 def tiny_dataset(monkeypatch, tmp_path):
     """The commands' data set: dark and bright 8x8 images, and an empty cache; gives a folder."""
     monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-
-    def images(count):
-        labels = (np.arange(count) % 10).astype(np.int32)
-        pixels = rng.integers(0, 30, (count, 8, 8, 3)) + 20 * labels[:, None, None, None]
-        return pixels.astype(np.uint8), labels
-
-    dataset = data.Dataset("digits", *images(200), *images(90), 10, False)
+    dataset = data.Dataset("digits", *tiny_images(200), *tiny_images(90), 10, False)
     monkeypatch.setattr(data, "load", lambda name, data_dir=None, **options: dataset)
     return tmp_path

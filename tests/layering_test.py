@@ -7,7 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "awm_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
-LOW = {"types", "validate", "masks", "losses", "projections", "models", "bilevel", "metrics"}
+LOW = {"types", "validate", "masks", "losses", "projections", "models", "bilevel", "metrics",
+       "sweep"}
 TOP = {"detection", "command", "programs"}
 # Room: rooms of awm_jax that it must not import.
 FORBIDDEN = {

@@ -95,7 +95,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     finite_weights(params)
     given = jnp.asarray(batch.images, jnp.float32)
     settings = config.resolve(len(given), params.arch.image_shape)
-    every = _stretch(settings.epochs, every)
+    every = stretch(settings.epochs, every)
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
     found = survey if settings.survey_steps else None
     if settings.survey_steps and found is None:
@@ -110,15 +110,35 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
             if on_epochs(done, settings.epochs, state, latest):
                 state = last
                 break
-    history = {name: np.concatenate([getattr(i, name) for i in infos]) for name in AWMInfo._fields}
+    history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+    return conclude(params, state, found, history, given)
+
+
+def conclude(params: Params, state: AWMState, found: Survey | None, history: AWMInfo,
+             images: jax.Array) -> Purified:
+    """What `purify` returns, from the end of a run.
+
+    Args:
+      params: the suspect network.
+      state: the last state.
+      found: the survey; None in a variant without one.
+      history: ``[epochs]`` leaves.
+      images: ``[n, H, W, C]`` the clean images as given, in [0, 1].
+
+    Returns:
+      `Purified`.
+
+    Example: see `awm_jax.defences.awm_rows`.
+    """
     purified = with_masks(params, state.masks)
-    status = _status(state, history, agreement(params, purified, given))
-    if found is None:
-        trigger = state.triggers[max(int(state.epoch) - 1, 0) if settings.replay else 0]
+    fields = history._asdict()
+    status = _status(state, fields, agreement(params, purified, images))
+    if found is None:  # one place where nothing is replayed
+        trigger = state.triggers[max(int(state.epoch) - 1, 0) if len(state.triggers) > 1 else 0]
     else:
         found = jax.device_get(found)
         trigger = found.trigger
-    return Purified(purified, state.masks, status, history, np.asarray(trigger), found)
+    return Purified(purified, state.masks, status, fields, np.asarray(trigger), found)
 
 
 def with_masks(params: Params, masks: Masks) -> Params:
@@ -126,7 +146,7 @@ def with_masks(params: Params, masks: Masks) -> Params:
     return dataclasses.replace(params, weights=_jit_apply_masks(params.weights, masks))
 
 
-def _stretch(epochs: int, every: int | None) -> int:
+def stretch(epochs: int, every: int | None) -> int:
     """Epochs a compiled stretch: must divide their number, so that one program serves all."""
     if every is None:
         return max(d for d in range(1, 6) if epochs % d == 0)

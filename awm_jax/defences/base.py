@@ -187,13 +187,17 @@ class Defence:
             raise TypeError(f"Expected config of type {self.Config.__name__} for {self.name}, got "
                             f"{type(config).__name__}.")
         key = jax.random.key(0) if key is None else key
-        images, labels = self._checked(params, batch)
+        images, labels = self.checked(params, batch)
         outcome = self._jitted(key, params, images, labels, config)
+        return self.conclude(params, images, outcome)
+
+    def conclude(self, params: Params, images: jax.Array, outcome: Outcome) -> Result:
+        """What a call returns, from what `run` does; its arguments too."""
         return Result(outcome.params, jax.device_get(outcome.info),
                       self._status(params, images, outcome))
 
-    def _checked(self, params: Params, batch: Batch | None) -> tuple[jax.Array, jax.Array]:
-        """Images and labels on the device, once they and the weights are seen to be sound."""
+    def checked(self, params: Params, batch: Batch | None) -> tuple[jax.Array, jax.Array]:
+        """Images and labels as `run` takes them, once they and the weights are seen to be sound."""
         finite_weights(params)
         if self.needs == "nothing":
             batch = None

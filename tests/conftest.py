@@ -29,6 +29,9 @@ from awm_jax.types import Arch, Batch, Params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Programs that tests start, not modules to look for doctests in: there are two conftest.py.
+collect_ignore = ["sweep_devices.py", "sweep_host.py"]
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -161,7 +161,8 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     net.add_argument("--poison_rate", type=_rate,
                      help="share of the training images that are poisoned, of a clean-label attack "
                      "a share of the target class's (default: the attack's paper's, mostly .05)")
-    net.add_argument("--epochs", type=positive, help="training epochs (default: by data set)")
+    net.add_argument("--epochs", type=positive,
+                     help="training epochs (default: by data set and attack)")
     net.add_argument("--network_seed", type=int, default=0,
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,

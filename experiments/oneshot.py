@@ -194,7 +194,7 @@ def _work(todo: list[Cell], stage: Callable[[str], scene.Scene], folder: pathlib
 
 def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
     """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
-    epochs = args.epochs or presets.of(dataset).epochs
+    epochs = args.epochs or presets.epochs(dataset, attack)
     network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"

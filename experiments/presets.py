@@ -12,7 +12,7 @@ class Preset:
     """Defaults of one data set.
 
     Args:
-      epochs: training epochs of a backdoored network.
+      epochs: training epochs of a backdoored network; `epochs` has what an attack makes of them.
       surrogate_epochs: training epochs of the clean network that Trojan and inv triggers need.
       batch_size: images a training step.
       crop: largest shift of a training image in pixels: 4 is CIFAR-10's usual; signs and digits are
@@ -43,6 +43,10 @@ PRESETS = {
     "tiny_imagenet": Preset(epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3,
                             paper_copies=9, ft_sam_rho=8.0),
 }
+
+# Attacks that take longer: how many times the usual epochs (docs/attacks.md has what fewer gave).
+# All-to-all is an answer more for every class, WaNet a warp of under a pixel.
+_LONGER = {"badnets_a2a": 3, "trojan_a2a": 3, "wanet": 2, "wanet_a2a": 6, "input_aware_a2a": 3}
 _STEPS = 1500  # of training on a folder: thrice what digits takes, a third of GTSRB
 
 
@@ -65,6 +69,24 @@ def of(dataset: Dataset) -> Preset:
     """
     kind = dataset.name.partition("-")[0]
     return _of_folder(dataset) if kind == "folder" else PRESETS[kind]
+
+
+def epochs(dataset: Dataset, attack: str | None) -> int:
+    """How long the network that carries an attack trains unless told otherwise.
+
+    Args:
+      dataset: its data.
+      attack: its name; None for a network without a backdoor.
+
+    Returns:
+      Epochs, >= 1.
+
+    Example:
+      >>> from awm_jax import data
+      >>> epochs(data.load('digits'), 'badnets'), epochs(data.load('digits'), 'badnets_a2a')
+      (12, 36)
+    """
+    return of(dataset).epochs * (_LONGER.get(attack, 1) if attack else 1)
 
 
 def _of_folder(dataset: Dataset) -> Preset:

@@ -95,7 +95,7 @@ def benign(on_stage: Scene, cache: pathlib.Path) -> Scene:
 def alone(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
     """A network without a backdoor, trained as one with this attack would be, which is not."""
     spec = networks.NetworkSpec(dataset=dataset.name, arch=args.arch, attack=None, rate=0.0,
-                                epochs=args.epochs or presets.of(dataset).epochs,
+                                epochs=args.epochs or presets.epochs(dataset, name),
                                 seed=args.network_seed)
     params = networks.get_network(spec, dataset, cache)
     return Scene("none", params, untrained(name, args, dataset), dataset,
@@ -191,7 +191,7 @@ def attack_of(name: str, args, dataset: Dataset,
     """An attack as the command wants it, and how its network is trained."""
     spec = networks.NetworkSpec(
         dataset=dataset.name, arch=args.arch, attack=name, rate=rate(name, args),
-        epochs=args.epochs or presets.of(dataset).epochs, seed=args.network_seed)
+        epochs=args.epochs or presets.epochs(dataset, name), seed=args.network_seed)
     if args.trigger is not None:
         attack = _pictured(args, dataset)
         mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")

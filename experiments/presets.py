@@ -46,7 +46,7 @@ PRESETS = {
 
 # Attacks that take longer: how many times the usual epochs (docs/attacks.md has what fewer gave).
 # All-to-all is an answer more for every class, WaNet a warp of under a pixel.
-_LONGER = {"badnets_a2a": 3, "trojan_a2a": 3, "wanet": 2, "wanet_a2a": 6, "input_aware_a2a": 3}
+_LONGER = {"badnets_a2a": 3, "trojan_a2a": 3, "wanet": 2, "wanet_a2a": 3, "input_aware_a2a": 3}
 _STEPS = 1500  # of training on a folder: thrice what digits takes, a third of GTSRB
 
 

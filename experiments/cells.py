@@ -1,6 +1,10 @@
 """What the papers' tables are declared with: columns, tables, and the purifications in them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+from awm_jax.data import num_classes
 
 Samples = str | int
 Scores = tuple[float, ...]
@@ -49,12 +53,18 @@ class Table(NamedTuple):
     attacks: tuple[str, ...]
     samples: tuple[Samples, ...]
     columns: tuple[Column, ...]
-    before: dict[str, Scores]
-    paper: dict[tuple[str, Samples, str], Scores]
+    before: Mapping[str, Scores]
+    paper: Mapping[tuple[str, Samples, str], Scores]
     note: str = ""
     measures: tuple[str, ...] = ("acc", "asr_all")
     usual: str = ""
-    networks: dict[str, tuple[str, ...]] = {}  # noqa: RUF012  # read only
+    networks: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+    @property
+    def classes(self) -> int:
+        """How many classes its data set has."""
+        # Of an archive laid out like Tiny ImageNet the name does not tell; the papers' has 200.
+        return 200 if self.dataset == "tiny_imagenet" else num_classes(self.dataset)
 
     def network(self, arch: str | None = None) -> str:
         """The network that it is run with: the one asked for, or its usual one.

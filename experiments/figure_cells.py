@@ -132,7 +132,7 @@ RECORDS = {
 
 SHARES = {
     "awm_fig1": Shares(
-        "AWM, Figure 1(a) and (b), left: what perturbed ResNet-18 and small VGG predict", "resnet18",
+        "AWM, Figure 1(a) and (b), left: what perturbed networks predict", "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets", "--samples", "one-shot,500,5000"),
         "The VGG of (b): --arch small_vgg --out with another name that begins with awm_fig1."),
     "anp_fig8": Shares(

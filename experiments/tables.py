@@ -99,7 +99,8 @@ class Estimates:
         self._trained: set[tuple] = set()
         for where, run in found.items():
             for (attack, samples, defence, _), cell in run["done"].items():
-                key = (run["dataset"], run["arch"], samples, defence)
+                # Of some data sets the name has a digest.
+                key = (run["dataset"].partition("-")[0], run["arch"], samples, defence)
                 self._times.setdefault(key, []).append(cell["seconds"])
                 self._trained.add(_network(where, attack))
 
@@ -197,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
-                                description="Make the papers' tables and figures, as far as time allows.")
+                                description="Make the papers' tables and figures, as far as time "
+                                "allows.")
     p.add_argument("--tables", type=cli.several(PLANS, "table"), default=USUAL,
                    help=f"one or more of: {', '.join(PLANS)}; or all (default: "
                    f"{','.join(USUAL)}, what the small VGG does)")

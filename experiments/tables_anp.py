@@ -38,12 +38,12 @@ _TABLE_9 = scores(_ATTACKS, (50,), _HEADINGS, """\
 91.10 50.25 88.11 22.71 89.27 1.35 77.33 12.77 86.73 0.23
 90.00 12.59 84.37 0.07 89.96 0.13 85.88 1.10 89.54 2.85""")
 
-_REPEATED = ("In Tables 7, 8 and 9 MCR has the same ACC against SIG, figure for figure; in Tables 8 "
-             "and 9 MCR has the same mean ASR against CLB, and ANP against BadNets.")
+_REPEATED = ("In Tables 7, 8 and 9 MCR has the same ACC against SIG, figure for figure; in Tables "
+             "8 and 9 MCR has the same mean ASR against CLB, and ANP against BadNets.")
 _MNIST = {"badnets": ("--poison_rate", "0.1")}
-_MNIST_NOTE = ("The paper's trigger is a square at the bottom right, without a size: BadNets' here; "
-               "it prints no number of clean images: 500 here, and gives alpha .5 and eps .3 for "
-               "Table 5 alone.")
+_MNIST_NOTE = ("The paper's trigger is a square at the bottom right, of a size that it does not "
+               "print: BadNets' here. Nor does it print the number of clean images: 500 here. It "
+               "gives alpha .5 and eps .3 for Table 5 alone.")
 _WEAK = setting(alpha="0.5", eps="0.3")
 _ONE_PART = "ANP here prunes every layer's neurons, there is no choice of layers"
 

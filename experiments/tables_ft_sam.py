@@ -4,6 +4,8 @@ A place has ACC, ASR and DER (defence effectiveness rating); its ASR leaves the 
 out. The tables' last rows, averages over attacks, are not repeated here.
 """
 
+from collections.abc import Mapping
+
 from experiments.cells import Column, Scores, Table, scores, setting
 
 _HEADINGS = ("FT", "FP", "NAD", "AC", "NC", "ANP", "ABL", "i-BAU", "FT-SAM")
@@ -197,18 +199,19 @@ def _columns(*epochs: str) -> tuple[Column, ...]:
             Column("i-BAU", "ibau", batch), Column("FT-SAM", "ft_sam", epochs))
 
 
-def _networks(before: dict[str, Scores], rate: float) -> dict[str, tuple[str, ...]]:
+def _networks(before: Mapping[str, Scores], rate: float) -> dict[str, tuple[str, ...]]:
     """How networks are poisoned: ``rate`` of all images, of CIFAR-10's classes ten times that."""
-    clean_label = ("clb", "sig")
-    found = {attack: ("--poison_rate", f"{min(1.0, 10 * rate) if attack in clean_label else rate}")
-             for attack in before}
+    found: dict[str, tuple[str, ...]] = {}
+    for attack in before:
+        share = min(1.0, 10 * rate) if attack in ("clb", "sig") else rate
+        found[attack] = ("--poison_rate", f"{share:g}")
     if "badnets" in found:
         found["badnets"] += ("--target", "0")
     return found
 
 
 def _table(number: int, about: str, dataset: str, arch: str, samples: int, columns: tuple,
-           before: dict[str, Scores], paper: dict, note: str = "", rate: float = 0.1,
+           before: Mapping[str, Scores], paper: Mapping, note: str = "", rate: float = 0.1,
            measures: tuple[str, ...] = ("acc", "asr", "der")) -> Table:
     """What all have in common."""
     return Table(f"FT-SAM, Table {number}: {about}", dataset, arch, tuple(before), (samples,),
@@ -216,10 +219,10 @@ def _table(number: int, about: str, dataset: str, arch: str, samples: int, colum
                  networks=_networks(before, rate))
 
 
-_NOTE = ("Its Blended mixes in a picture, a tenth, ours noise, a fifth; its BadNets square is 3x3, ours "
-         "4x4; attacker's class 0, as in BackdoorBench. What the supplement gives is set (batches "
-         "of 256, ANP's threshold of .4, epochs of FT and FT-SAM); the rest are the defences' "
-         "defaults here, not BackdoorBench's.")
+_NOTE = ("Its Blended mixes in a picture, a tenth, ours noise, a fifth; its BadNets square is 3x3, "
+         "ours 4x4; attacker's class 0, as in BackdoorBench. What the supplement gives is set "
+         "(batches of 256, ANP's threshold of .4, epochs of FT and FT-SAM); the rest are the "
+         "defences' defaults here, not BackdoorBench's.")
 _ADAPTIVE = (Column("w/o Adaptive", "ft_sam", setting(adaptive="False")),
              Column("w/ Adaptive", "ft_sam"))
 _NORM = tuple(Column(gamma, "weight_norm", setting(gamma=gamma)) for gamma in _GAMMAS)

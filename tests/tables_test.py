@@ -1,7 +1,6 @@
 """The papers' tables: their cells, the order and the budget of work, and what is rendered."""
 
 import dataclasses
-import doctest
 import json
 import re
 import types
@@ -11,8 +10,7 @@ import pytest
 from awm_jax import attacks, metrics
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cells as declared
-from experiments import cli, defending, figure_cells, kept, report, table_cells, tables
+from experiments import cli, defending, figure_cells, report, table_cells, tables
 from experiments.table_cells import PLANS, TABLES
 
 
@@ -88,7 +86,7 @@ def test_figures_of_the_other_networks_and_supplements():
 
 
 def test_effectiveness_in_the_supplement_follows_from_its_figures():
-    """It guards against slips of ours; where it does not hold is the paper's, and said in a note."""
+    """Against slips of ours; where it does not hold the slip is the paper's, and a note says so."""
     checked = 0
     for name, table in TABLES.items():
         for (attack, _, _), figures in table.paper.items():

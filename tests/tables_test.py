@@ -5,6 +5,8 @@ import json
 import re
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from awm_jax import attacks, metrics
@@ -119,6 +121,22 @@ def test_every_cell_is_a_command_that_its_parser_and_its_defence_take(tmp_path):
         assert folders.setdefault(key, (cell.dataset, cell.arch, cell.options)) == (
             cell.dataset, cell.arch, cell.options)
     assert {("conv1",), ("conv6",), "conv"} <= chosen
+
+
+def test_networks_can_be_poisoned_as_declared():
+    labels, seen = np.repeat(np.arange(10), 5000), set()
+    for cell in table_cells.cells(tuple(PLANS), 1):
+        if cell.network and (cell.attack, cell.network) not in seen:
+            seen.add((cell.attack, cell.network))
+            given = cli.parser().parse_args(["--attack", cell.attack, *cell.network])
+            attack = attacks.make(cell.attack, jax.random.key(0), (32, 32, 3), 10,
+                                  target=given.target)
+            poisoned, _ = attacks.poison_counts(attack, labels, given.poison_rate)
+            # FT-SAM's rates are of all images, whether or not labels change.
+            assert poisoned in (500, 2500, 5000), cell
+            if attack.every_batch:
+                attacks.in_batches(attack, given.poison_rate, 128)
+    assert {rate for _, (_, rate, *_) in seen} == {"0.01", "0.05", "0.1", "0.5", "1"}
 
 
 def test_settings_of_figures_are_what_their_columns_are_run_with(tmp_path):

@@ -120,7 +120,8 @@ RECORDS = {
     "awm_fig4": Record(
         "AWM, Figure 4: training records, GTSRB, one-shot", "curve", "awm8", _SINGLE, (ONE,),
         ("AWM", "AWM (ours)"),
-        note="The first seed; scores along the way are on 500 of the test images."),
+        note="The first seed; epoch 0 is the suspect network, scores after it are on 500 of the "
+        "test images, every fourth or fifth epoch."),
     "awm_fig5": Record(
         "AWM, Figure 5: distribution of the masks by layer, all-to-all on GTSRB", "masks", "awm8",
         ("trojan_a2a",), (ONE, 100), ("AWM", "AWM (ours)"),
@@ -134,7 +135,8 @@ SHARES = {
     "awm_fig1": Shares(
         "AWM, Figure 1(a) and (b), left: what perturbed networks predict", "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets", "--samples", "one-shot,500,5000"),
-        "The VGG of (b): --arch small_vgg --out with another name that begins with awm_fig1."),
+        "The VGG of (b): --arch small_vgg --out with another name that begins with awm_fig1. The "
+        "right part of (a), ANP by number of images, is the ANP column of awm1r and awm2."),
     "anp_fig8": Shares(
         "ANP, Figures 8 and 9: error rates and predictions of perturbed networks", "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets_checkerboard,sig", "--samples", "500",

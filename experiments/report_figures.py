@@ -13,7 +13,7 @@ from experiments.pages import Heading, Page, Picture, Rows
 
 _UNPRINTED = "The paper draws this figure; its numbers are not printed in the paper."
 _MISSING = "missing"
-_EPOCHS = (1, 2, 5, 10, 20, 50, 100)  # of a curve in a table; the picture has them all
+_EPOCHS = (0, 1, 2, 4, 5, 8, 10, 12, 16, 20, 50, 100)  # in a table; the picture has them all
 
 
 def make(held: Kept, out: pathlib.Path) -> dict[str, Page]:
@@ -120,16 +120,14 @@ def _measures(asr: str) -> str:
 def _record_page(name: str, record: Record, cells: dict[str, Any], out: pathlib.Path) -> Page:
     """Curves or masks of single purifications."""
     page = Page(record.title, [f"{_UNPRINTED} {record.note}".strip()])
-    chosen = {cell: cells.get(kept.name(cell), {}).get(record.kept)
-              for cell in kept.cells_of(record)}
     groups: dict[str, dict] = {}
-    for cell, found in chosen.items():
+    for cell in kept.cells_of(record):
         group = "" if record.joined else f"{cell.column.heading}, {cell.samples}"
-        groups.setdefault(group, {})[cell] = found
+        groups.setdefault(group, {})[cell] = cells.get(kept.name(cell), {})
     for number, (title, mine) in enumerate(groups.items()):
         if title:
             page.blocks.append(Heading(title))
-        there = {cell: found for cell, found in mine.items() if found}
+        there = {cell: found for cell, found in mine.items() if record.kept in found}
         missing = [f"{cell.attack}, {cell.column.heading}" for cell in mine if cell not in there]
         if there:
             picture = Picture(f"{name}-{number}.png", f"{record.title}. {title}".strip())
@@ -145,26 +143,32 @@ def _record_page(name: str, record: Record, cells: dict[str, Any], out: pathlib.
 
 def _draw_curves(there: dict, record: Record, path: pathlib.Path, title: str) -> Rows:
     """ACC and ASR epoch by epoch, a curve an attack; the table has some of the epochs."""
+    del record
     panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
-    rows: Rows = [["attack", *(f"epoch {epoch}" for epoch in _EPOCHS)]]
-    for cell, curve in there.items():
+    for cell, found in there.items():
+        curve, before = found["curve"], found["before"]
         # Curves made before all images were counted have the other ASR alone.
-        asr = curve.get("asr_all", curve["asr"])
-        label = cell.attack if "asr_all" in curve else f"{cell.attack} (attacker's class left out)"
-        for panel, values in (("ACC", curve["clean_accuracy"]), ("ASR", asr)):
-            panels[panel][label] = np.column_stack([curve["epoch"], values])
-        at = {int(epoch): place for place, epoch in enumerate(curve["epoch"])}
-        rows.append([label, *(f"{curve['clean_accuracy'][at[epoch]]:.1f} / {asr[at[epoch]]:.1f}"
-                              if epoch in at else "-" for epoch in _EPOCHS)])
+        asr = "asr_all" if "asr_all" in curve else "asr"
+        label = cell.attack + (" (attacker's class left out)" if asr == "asr" else "")
+        for panel, key, first in (("ACC", "clean_accuracy", before["acc"]),
+                                  ("ASR", asr, before[asr])):
+            panels[panel][label] = np.asarray(
+                [(0, first), *zip(curve["epoch"], curve[key], strict=True)])
     figures.curves(path, panels, "epoch", title)
-    return rows
+    at = {label: {int(x): f"{acc:.1f} / {asr:.1f}" for (x, acc), asr in
+                  zip(points, panels["ASR"][label][:, 1], strict=True)}
+          for label, points in panels["ACC"].items()}
+    epochs = [epoch for epoch in _EPOCHS if any(epoch in scores for scores in at.values())]
+    return [["attack", *(f"epoch {epoch}" for epoch in epochs)],
+            *([label, *(scores.get(epoch, "-") for epoch in epochs)]
+              for label, scores in at.items())]
 
 
 def _draw_masks(there: dict, record: Record, path: pathlib.Path, title: str) -> Rows:
     """Ten percentages a layer."""
     del title
     layers = {(f"{cell.column.heading}: " if record.joined else "") + layer: values
-              for cell, masks in there.items() for layer, values in masks.items()}
+              for cell, found in there.items() for layer, values in found["masks"].items()}
     figures.percentages(path, layers)
     return [["layer", *(f"{low / 10:.1f}-{low / 10 + 0.1:.1f}" for low in range(10))],
             *([layer, *(f"{value:.1f}" for value in values)] for layer, values in layers.items())]

@@ -102,8 +102,9 @@ def test_records_and_masks_are_kept_and_drawn(tmp_path):
                 _write(runs, cell, 95.0, 4.0, masks={layer: _MASKS})
     out = _report(tmp_path)
     text = (out / "awm_fig4.md").read_text()
-    assert "| badnets | 97.0 / 91.0 | 96.0 / 12.0 | - |" in text
-    assert "| l0_inv (attacker's class left out) | 97.0 / 90.0 | 96.0 / 9.0 | - |" in text
+    assert "| attack | epoch 0 | epoch 1 | epoch 2 |\n" in text  # 3 is in the picture alone
+    assert "| badnets | 95.0 / 4.0 | 97.0 / 91.0 | 96.0 / 12.0 |" in text
+    assert "| l0_inv (attacker's class left out) | 95.0 / 2.0 | 97.0 / 90.0 | 96.0 / 9.0 |" in text
     assert "Missing: trojan_sq, AWM; trojan_wm, AWM; l2_inv, AWM." in text
     assert (out / "awm_fig4-0.png").exists() and not (out / "awm_fig4-1.png").exists()
     text = (out / "awm_fig6.md").read_text()

@@ -152,6 +152,9 @@ def test_settings_of_figures_are_what_their_columns_are_run_with(tmp_path):
             expected = {**base[column.defence], **(
                 {"taus": (value,)} if figure.name == "tau" else {figure.name: value})}
             assert {key: getattr(config, key) for key in expected} == expected, name
+    # Runs of earlier releases are found where they were.
+    assert [tables.folder(c, tmp_path).name for c in table_cells.cells(("awm9",), 1)][:2] == [
+        "gtsrb-small_vgg", "gtsrb-small_vgg-set_layers_conv1"]
     # What figures and tables have in common is run once.
     def folders(*names):
         return [{tables.folder(c, tmp_path) for c in table_cells.cells((n,), 1)} for n in names]

@@ -110,7 +110,7 @@ def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: 
     if isinstance(found, Purified):
         settings = chosen.resolve(len(indices), scene.params.arch.image_shape)
         told = {"settings": dataclasses.asdict(settings), "history": found.history,
-                "curve": curve, **_surveyed(found.survey)}
+                "curve": curve, "masks": _percentages(found), **_surveyed(found.survey)}
         if seed == 0:
             _pictures(scene, found, curve or no_curve(), title, folder)
     else:
@@ -149,7 +149,7 @@ def _any(scene: Scene, name: str, title: str, chosen, given: Batch,
 
 def no_curve() -> dict[str, list[float]]:
     """Figure 4's curve before its first point."""
-    return {"epoch": [], "clean_accuracy": [], "asr": []}
+    return {"epoch": [], "clean_accuracy": [], "asr": [], "asr_all": []}
 
 
 def watch(scene: Scene, masks: Any, done: int, curve: dict[str, list[float]]) -> None:
@@ -158,6 +158,7 @@ def watch(scene: Scene, masks: Any, done: int, curve: dict[str, list[float]]) ->
     curve["epoch"].append(done)
     curve["clean_accuracy"].append(now.acc)
     curve["asr"].append(now.asr)
+    curve["asr_all"].append(now.asr_all)
 
 
 def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
@@ -192,6 +193,12 @@ def _surveyed(survey: Survey | None) -> dict:
         return dict.fromkeys(("damage", "stay", "kept", "suspect"))
     return {"damage": survey.damage, "stay": survey.stay, "kept": survey.kept,
             "suspect": int(survey.suspect)}
+
+
+def _percentages(found: Purified) -> dict[str, list[float]]:
+    """Figure 5 in numbers: the share of each layer's masks in ten intervals, in percent."""
+    return {name: np.round(figures.mask_percentages(np.asarray(values)), 2).tolist()
+            for name, values in masking.by_layer(found.masks).items()}
 
 
 def _pictures(scene: Scene, found: Purified, curve: dict, name: str,

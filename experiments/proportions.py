@@ -16,7 +16,7 @@ import numpy as np
 from awm_jax import data
 from awm_jax.defences.anp import prediction_proportions
 from awm_jax.report import figures
-from experiments import cli, results, scene
+from experiments import cli, pages, results, scene
 from experiments.scene import Scene
 
 
@@ -77,19 +77,36 @@ def measure(on_stage: Scene, samples: str | int, eps: float, steps: int, seeds: 
             "error_rate": [float(one.error_rate) for one in found]}
 
 
-def _table(rows: list[dict]) -> str:
-    """One row a network, number of images and bound, in percent."""
-    lines = ["| network | images | eps | error rate | attacker's class | largest class |",
-             "|---|---|---|---|---|---|"]
+def table(rows: list[dict]) -> list[list[str]]:
+    """What was measured, in percent: a head, and a row a network, number of images and bound.
+
+    Args:
+      rows: as proportions.json holds them.
+
+    Returns:
+      Rows of cells.
+
+    Example:
+      >>> row = {'network': 'a', 'samples': 4, 'eps': .5, 'target': 1, 'error_rate': [.5],
+      ...        'shares': [[0., 1.]]}
+      >>> table([row])[1]
+      ['a', '4', '0.5', '50.00', '100.00', '100.00 (1)']
+    """
+    cells = [["network", "images", "eps", "error rate", "attacker's class", "largest class"]]
     for row in rows:
         shares = 100 * np.asarray(row["shares"])
         target = "-" if row["target"] is None else results.mean_std(shares[:, row["target"]])
         largest = int(shares.mean(axis=0).argmax())
-        lines.append(
-            f"| {row['network']} | {row['samples']} | {row['eps']:g} | "
-            f"{results.mean_std(100 * np.asarray(row['error_rate']))} | {target} | "
-            f"{results.mean_std(shares[:, largest])} ({largest}) |")
-    return "\n".join(lines)
+        cells.append([
+            row["network"], str(row["samples"]), f"{row['eps']:g}",
+            results.mean_std(100 * np.asarray(row["error_rate"])), target,
+            f"{results.mean_std(shares[:, largest])} ({largest})"])
+    return cells
+
+
+def _table(rows: list[dict]) -> str:
+    """`table` in Markdown."""
+    return pages.rows_of(table(rows))
 
 
 def run(args: argparse.Namespace) -> list[dict]:

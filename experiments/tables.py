@@ -1,6 +1,7 @@
-"""Make the papers' tables: what is missing of them, cheapest first, for as long as there is time.
+"""Make the papers' tables and figures: what is missing, cheapest first, for as long as time allows.
 
     python -m experiments.tables --tables awm8 --gtsrb_dir DIR --budget 60
+    python -m experiments.tables --tables ftsam2 --arch small_vgg --cifar10_dir DIR
     python -m experiments.report
 
 Every purification is one of `experiments.oneshot`, kept when it is done; a second start goes on.
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from awm_jax import models
 from awm_jax.defences import DEFENCES
 from experiments import cli, oneshot, table_cells
-from experiments.table_cells import TABLES, Cell
+from experiments.table_cells import PLANS, USUAL, Cell
 
 RUNS = pathlib.Path("runs/tables")
 
@@ -28,11 +30,16 @@ RUNS = pathlib.Path("runs/tables")
 # a cell of the same kind was timed here.
 _SECONDS, _USUAL = {"ibau": 22.0}, 70.0
 _ANY_NUMBER = {"anp": 2700.0, "swm": 2700.0}  # so many steps, however many images there are
-_TRAINING = {"gtsrb": 1200.0, "cifar10": 7200.0}  # seconds, of a network that is not there yet
+# Seconds, of a network that is not there yet.
+_TRAINING = {"gtsrb": 1200.0, "cifar10": 7200.0, "tiny_imagenet": 60000.0}
+# Multiplications for an image, the small VGG's being 1: rounded counts, not times.
+_HEAVIER = {"resnet18": 14.0, "preact_resnet18": 14.0, "vgg19_bn": 10.0, "mobilenet_v2": 2.5,
+            "mlp": 0.1, "cnn": 0.1}
+_DATASETS = ("gtsrb", "cifar10", "mnist", "tiny_imagenet")
 
 
 def folder(cell: Cell, runs: pathlib.Path) -> pathlib.Path:
-    """The run directory of a cell: one for each data set, network and column with options.
+    """The run directory of a cell: one for each data set, network, and options of either kind.
 
     Args:
       cell: what is run.
@@ -43,10 +50,11 @@ def folder(cell: Cell, runs: pathlib.Path) -> pathlib.Path:
       >>> folder(cell, pathlib.Path('runs')).as_posix()
       'runs/gtsrb-small_vgg'
     """
-    table, suffix = TABLES[cell.table], ""
-    if cell.column.options:
-        suffix = "-" + re.sub(r"[^a-z0-9]+", "_", " ".join(cell.column.options).lower()).strip("_")
-    return runs / f"{table.dataset}-{table.arch}{suffix}"
+    name = f"{cell.dataset}-{cell.arch}"
+    for options in (cell.network, cell.column.options):
+        if options:
+            name += "-" + re.sub(r"[^a-z0-9.]+", "_", " ".join(options).lower()).strip("_")
+    return runs / name
 
 
 def read(runs: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
@@ -91,45 +99,51 @@ class Estimates:
         self._trained: set[tuple] = set()
         for where, run in found.items():
             for (attack, samples, defence, _), cell in run["done"].items():
-                self._times.setdefault((where, samples, defence), []).append(cell["seconds"])
-                self._trained.add((run["dataset"], run["arch"], attack))
+                # Of some data sets the name has a digest.
+                key = (run["dataset"].partition("-")[0], run["arch"], samples, defence)
+                self._times.setdefault(key, []).append(cell["seconds"])
+                self._trained.add(_network(where, attack))
 
     def add(self, cell: Cell, seconds: float) -> None:
         """A cell that took so long, evaluation and loading included."""
-        key = (folder(cell, self._runs), str(cell.samples), cell.column.defence)
-        self._times.setdefault(key, []).append(seconds)
-        self._trained.add(self._network(cell))
+        self._times.setdefault(_kind(cell), []).append(seconds)
+        self._trained.add(_network(folder(cell, self._runs), cell.attack))
 
     def of(self, cell: Cell) -> float:
         """Seconds that a purification will take, its network at hand."""
-        key = (folder(cell, self._runs), str(cell.samples), cell.column.defence)
-        if key in self._times:
-            return float(np.median(self._times[key]))
+        if _kind(cell) in self._times:
+            return float(np.median(self._times[_kind(cell)]))
+        heavier = _HEAVIER.get(cell.arch, 1.0) * (4.0 if cell.dataset == "tiny_imagenet" else 1.0)
         if cell.column.defence in _ANY_NUMBER:
-            return _ANY_NUMBER[cell.column.defence]
+            return heavier * _ANY_NUMBER[cell.column.defence]
         images = cell.samples if isinstance(cell.samples, int) else 43
-        return _SECONDS.get(cell.column.defence, _USUAL) * max(1.0, images / 50)
+        return heavier * _SECONDS.get(cell.column.defence, _USUAL) * max(1.0, images / 50)
 
     def total(self, cells: list[Cell]) -> float:
         """Seconds that several will take, with the training of networks that no cell had yet."""
-        new = {self._network(cell) for cell in cells} - self._trained
-        return sum(map(self.of, cells)) + sum(_TRAINING.get(network[0], 600.0) for network in new)
+        new = {_network(folder(cell, self._runs), cell.attack): cell for cell in cells}
+        return sum(map(self.of, cells)) + sum(
+            _HEAVIER.get(cell.arch, 1.0) * _TRAINING.get(cell.dataset, 600.0)
+            for network, cell in new.items() if network not in self._trained)
 
-    def _network(self, cell: Cell) -> tuple:
-        """Which network a cell purifies."""
-        table = TABLES[cell.table]
-        return table.dataset, table.arch, cell.attack
+
+def _kind(cell: Cell) -> tuple:
+    """What cells have in common that take about as long."""
+    return cell.dataset, cell.arch, str(cell.samples), cell.column.defence
+
+
+def _network(where: pathlib.Path, attack: str) -> tuple:
+    """Which network the cells of a run directory purify."""
+    return where.name.partition("-set_")[0], attack
 
 
 def _arguments(cell: Cell, args: argparse.Namespace) -> list[str]:
     """The command line of `experiments.oneshot` for a cell and the seeds before it."""
-    table = TABLES[cell.table]
-    where = {"gtsrb": args.gtsrb_dir, "cifar10": args.cifar10_dir}[table.dataset]
+    where = getattr(args, f"{cell.dataset}_dir")
     data = [] if where is None else ["--data_dir", str(where)]
-    return ["--dataset", table.dataset, *data, "--arch", table.arch, "--attack", cell.attack,
+    return ["--dataset", cell.dataset, *data, "--arch", cell.arch, "--attack", cell.attack,
             "--defence", cell.column.defence, "--samples", str(cell.samples),
-            "--seeds", str(cell.seed + 1), "--out", str(folder(cell, args.runs)),
-            *cell.column.options]
+            "--seeds", str(cell.seed + 1), "--out", str(folder(cell, args.runs)), *cell.options]
 
 
 def _purify(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,10 +159,10 @@ def _missing(args: argparse.Namespace, estimates: Estimates) -> list[Cell]:
     """Cells that no run has, the first seeds first, and of each seed the cheapest."""
     found = read(args.runs)
     seen, cells = set(), []
-    for cell in table_cells.cells(args.tables, args.seeds):
+    for cell in table_cells.cells(args.tables, args.seeds, args.arch):
         if args.defence and cell.column.defence not in args.defence:
             continue
-        key = (folder(cell, args.runs), *cell[1:])  # tables share cells
+        key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
         if key not in seen and result(cell, found, args.runs) is None:
             seen.add(key)
             cells.append(cell)
@@ -184,17 +198,22 @@ def run(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
-                                description="Make the papers' tables, as far as time allows.")
-    p.add_argument("--tables", type=cli.several(TABLES, "table"), default=tuple(TABLES),
-                   help=f"one or more of: {', '.join(TABLES)}; or all (default: all)")
+                                description="Make the papers' tables and figures, as far as time "
+                                "allows.")
+    p.add_argument("--tables", type=cli.several(PLANS, "table"), default=USUAL,
+                   help=f"one or more of: {', '.join(PLANS)}; or all (default: "
+                   f"{','.join(USUAL)}, what the small VGG does)")
+    p.add_argument("--arch", choices=("paper", *sorted(models.MODELS)),
+                   help="network instead of the tables' own; paper: the paper's (default: of awm2, "
+                   "awm5, awm10 and AWM's figures small_vgg, of the others the paper's)")
     p.add_argument("--defence", type=cli.several(DEFENCES, "defence"), default=(),
                    help="only these columns (default: all)")
     p.add_argument("--seeds", type=cli.positive, default=3,
                    help="purifications a cell (default: %(default)s)")
     p.add_argument("--budget", type=float, default=60.0, metavar="MINUTES",
                    help="nothing is begun that would end later (default: %(default)s)")
-    p.add_argument("--gtsrb_dir", type=pathlib.Path, help="the official GTSRB archives")
-    p.add_argument("--cifar10_dir", type=pathlib.Path, help="a prepared TFDS directory")
+    for name in _DATASETS:
+        p.add_argument(f"--{name}_dir", type=pathlib.Path, help=f"as --data_dir, for {name}")
     p.add_argument("--runs", type=pathlib.Path, default=RUNS,
                    help="run directories (default: %(default)s)")
     return p

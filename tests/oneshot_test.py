@@ -76,6 +76,11 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     assert len(cell["damage"]) == 10 and cell["suspect"] in range(11)
     assert 0 <= cell["stay"] <= 1 and cell["kept"] > 0
     assert cell["settings"]["epochs"] == 1 and len(cell["history"]["clean_loss"]) == 1
+    # What the papers' figures are rendered from.
+    assert {len(points) for points in cell["curve"].values()} == {1}
+    assert set(cell["curve"]) == {"epoch", "clean_accuracy", "asr", "asr_all"}
+    assert cell["masks"] and all(len(row) == 10 and abs(sum(row) - 100) < 0.1
+                                 for row in cell["masks"].values())
     for name in ("table.md", "badnets-pairs.png", "badnets-awm-history.png",
                  "badnets-awm-masks.png", "badnets-awm-trigger.png"):
         assert (out / name).stat().st_size > 0

@@ -123,3 +123,24 @@ def test_a_failed_picture_leaves_the_old_one_and_no_debris(tmp_path):
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_curves_and_percentages(tmp_path):
+    points = np.array([[1.0, 90.0, 2.0], [10.0, 80.0, 3.0]])
+    figures.curves(tmp_path / "one.png", {"ACC": {"a": points}}, "tau", "t", log=True)
+    figures.curves(tmp_path / "two.png", {"ACC": {"a": points}, "ASR": {"a": points[:, :2]}},
+                   "epoch", "t")
+    assert _drawn(tmp_path / "two.png").shape[1] > 1.5 * _drawn(tmp_path / "one.png").shape[1]
+    # The same as from the masks themselves.
+    masks = {"a": np.array([0.0, 0.05, 1.0, 1.0]), "b": np.array([0.55])}
+    figures.mask_histogram(tmp_path / "masks.png", masks)
+    figures.percentages(tmp_path / "rows.png", {
+        "a": [50, 0, 0, 0, 0, 0, 0, 0, 0, 50], "b": [0, 0, 0, 0, 0, 100, 0, 0, 0, 0]})
+    assert (_drawn(tmp_path / "masks.png") == _drawn(tmp_path / "rows.png")).all()
+    for wrong in ({}, {"ACC": {}}, {"ACC": {"a": np.ones(3)}}, {"ACC": {"a": np.ones((2, 4))}}):
+        with pytest.raises(ValueError, match=r"shape \[k, 2\]"):
+            figures.curves(tmp_path / "x.png", wrong, "x", "t")
+    with pytest.raises(ValueError, match=r"a \(9,\)"):
+        figures.percentages(tmp_path / "x.png", {"a": np.ones(9)})
+    with pytest.raises(ValueError, match="none"):
+        figures.percentages(tmp_path / "x.png", {})

@@ -1,7 +1,7 @@
 """Curves and histograms; arrays in, PNG files out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -71,20 +71,77 @@ def mask_histogram(path: str | os.PathLike, layers: Mapping[str, np.ndarray]) ->
     Raises:
       ValueError: no layers.
     """
-    from matplotlib.figure import Figure
-
     if not layers:
         raise ValueError("Expected the masks of at least one layer, got none.")
-    table = np.stack([mask_percentages(np.ravel(values)) for values in layers.values()])
-    figure = Figure(figsize=(7, 0.45 * len(layers) + 1))
+    percentages(path, {name: mask_percentages(np.ravel(v)) for name, v in layers.items()})
+
+
+def percentages(path: str | os.PathLike, rows: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+    """Draws distributions over ten intervals of [0, 1], a row each, as `mask_histogram` does.
+
+    Args:
+      path: the PNG.
+      rows: names to ten percentages in [0, 100], as `mask_percentages` gives them.
+
+    Raises:
+      ValueError: no rows, or one without ten numbers.
+    """
+    from matplotlib.figure import Figure
+
+    if not rows or any(np.shape(row) != (10,) for row in rows.values()):
+        raise ValueError("Expected rows of ten percentages, got "
+                         + (", ".join(f"{name} {np.shape(row)}" for name, row in rows.items())
+                            or "none") + ".")
+    table = np.stack([np.asarray(row) for row in rows.values()])
+    figure = Figure(figsize=(7, 0.45 * len(rows) + 1))
     axis = figure.subplots()
     axis.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(table):
         axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                   color="white" if value > 60 else "black")
-    axis.set_yticks(range(len(layers)), list(layers), fontsize=8)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axis.set_xticks(range(10), [f"{low:.1f}" for low in _BINS[:-1]], fontsize=8)
     axis.set_xlabel("mask value from, in steps of 0.1; percentage of a layer's weights")
+    _save(figure, path)
+
+
+def curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, np.ndarray]], label: str,
+           title: str, *, log: bool = False) -> None:
+    """Draws curves over a setting or over epochs (AWM's Figures 2, 3 and 4, ANP's 8 and 10).
+
+    Args:
+      path: the PNG.
+      panels: titles of the vertical axes to curves by name: ``[k, 2]``, each row x and y, or
+        ``[k, 3]`` with the standard deviation of y, >= 0, which becomes a bar.
+      label: of the horizontal axes.
+      title: shown on top.
+      log: whether these are logarithmic; every x is then > 0.
+
+    Raises:
+      ValueError: no curves, or one of another shape.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = [(panel, name, np.asarray(points)) for panel, lines in panels.items()
+             for name, points in lines.items()]
+    if not drawn or any(p.ndim != 2 or p.shape[1] not in (2, 3) for _, _, p in drawn):
+        raise ValueError("Expected curves of shape [k, 2] or [k, 3], got "
+                         + (", ".join(f"{name} {p.shape}" for _, name, p in drawn) or "none") + ".")
+    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.4), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    for panel, name, points in drawn:
+        spread = points[:, 2] if points.shape[1] == 3 else None
+        many = len(points) > 20
+        axes[panel].errorbar(points[:, 0], points[:, 1], yerr=spread, label=name, capsize=2,
+                             marker=None if many else "o", markersize=3, elinewidth=0.8)
+    for panel, axis in axes.items():
+        if log:
+            axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.set_ylabel(panel)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

@@ -1,0 +1,146 @@
+"""The papers' figures as data: what each is drawn from. None of their numbers is printed."""
+
+from typing import NamedTuple
+
+from experiments.cells import ONE, Column, Samples, Table, setting
+
+
+class Figure(NamedTuple):
+    """A figure over the values of a setting, each of which is a column of a table.
+
+    Args:
+      table: its purifications; its attacks are the curves.
+      name: the setting.
+      values: its values, one for each column.
+      log: whether the axis is logarithmic.
+    """
+
+    table: Table
+    name: str
+    values: tuple[float, ...]
+    log: bool = False
+
+
+class Record(NamedTuple):
+    """A figure of what the first seed's purifications of a table kept beside their scores.
+
+    Args:
+      title: what it shows.
+      kept: ``'curve'`` (ACC and ASR epoch by epoch) or ``'masks'`` (their distribution).
+      table: a key of `experiments.table_cells.TABLES`.
+      attacks: some of its rows.
+      samples: some of its numbers of images.
+      headings: some of its columns.
+      joined: one picture of all columns, not one of each.
+      note: what a reader must know.
+    """
+
+    title: str
+    kept: str
+    table: str
+    attacks: tuple[str, ...]
+    samples: tuple[Samples, ...]
+    headings: tuple[str, ...]
+    joined: bool = False
+    note: str = ""
+
+
+class Shares(NamedTuple):
+    """A figure of what perturbed networks predict, from `experiments.proportions`.
+
+    Args:
+      title: what it shows.
+      arch: the paper's network.
+      options: of that command, beyond the network, the data directory and ``--out``.
+      note: what a reader must know.
+    """
+
+    title: str
+    arch: str
+    options: tuple[str, ...]
+    note: str = ""
+
+
+_SINGLE = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv")
+# What the defences have anyway: with it a cell is one of a table's, or of another figure's.
+_OWN = {"awm_paper": {"alpha": "0.9", "tau": "1000"}, "anp": {"alpha": "0.2", "threshold": "0.2"}}
+
+
+def _columns(defence: str, name: str, values: tuple[str, ...], **others: str) -> tuple[Column, ...]:
+    """A column a value, the other settings given or the defence's own."""
+    columns = []
+    for value in values:
+        chosen = {**others, name: value}
+        options = setting(**{k: v for k, v in chosen.items() if _OWN[defence].get(k) != v})
+        columns.append(Column(f"{name}={value}", defence, options))
+    return tuple(columns)
+
+
+def _sensitivity(number: int, name: str, values: tuple[str, ...], attacks: tuple[str, ...],
+                 log: bool, note: str) -> Figure:
+    """A curve of AWM's Figures 2 and 3."""
+    table = Table(f"AWM, Figure {number}: {name}, CIFAR-10, 500 clean images", "cifar10", "",
+                  attacks, (500,), _columns("awm_paper", name, values, gamma="1e-7"), {}, {},
+                  f"5 runs in the paper, which names neither the network nor the values on the "
+                  f"axis: those here are within its range. Others stay at alpha .9, gamma 1e-7, "
+                  f"tau 1000. {note}", usual="small_vgg")
+    return Figure(table, name, tuple(map(float, values)), log)
+
+
+_TAUS = ("10", "50", "100", "300", "1000", "3000")
+_ALPHAS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
+_THRESHOLDS = ("0.05", "0.1", "0.2", "0.3", "0.4", "0.6")
+
+FIGURES = {
+    "awm_fig2_alpha": _sensitivity(
+        2, "alpha", ("0.5", "0.6", "0.7", "0.8", "0.9", "0.99"), ("trojan_sq",), False,
+        "It prints the range [.5, .8] and discusses values up to 1."),
+    "awm_fig2_gamma": _sensitivity(2, "gamma", ("1e-8", "1e-7", "1e-6", "1e-5"), ("trojan_sq",),
+                                   True, "Appendix A's default is 1e-8."),
+    "awm_fig2_tau": _sensitivity(2, "tau", _TAUS, ("trojan_sq",), True, ""),
+    "awm_fig3": _sensitivity(3, "tau", _TAUS, ("trojan_sq", "trojan_wm", "badnets", "l0_inv"),
+                             True, "It does not print the number of images: Figure 2's."),
+    "awm_fig1_prune": Figure(
+        Table("AWM, Figure 1(b), right: ANP's threshold, CIFAR-10, 500 clean images", "cifar10", "",
+              ("badnets",), (500,), _columns("anp", "threshold", _THRESHOLDS), {}, {},
+              "The paper compares ResNet-18 with the small VGG: --arch resnet18 runs the other. "
+              "It prints neither the number of images nor the values on the axis.",
+              usual="small_vgg"),
+        "threshold", tuple(map(float, _THRESHOLDS))),
+    "anp_fig10": Figure(
+        Table("ANP, Figure 10: the trade-off alpha, CIFAR-10, threshold .2", "cifar10", "resnet18",
+              ("badnets_checkerboard", "blended", "clb"), (500,),
+              _columns("anp", "alpha", _ALPHAS, threshold="0.2"), {}, {},
+              "The supplement prints neither the number of images (500 here, as in its Table 8) "
+              "nor the values on the axis.", ("acc", "asr")),
+        "alpha", tuple(map(float, _ALPHAS))),
+}
+
+RECORDS = {
+    "awm_fig4": Record(
+        "AWM, Figure 4: training records, GTSRB, one-shot", "curve", "awm8", _SINGLE, (ONE,),
+        ("AWM", "AWM (ours)"),
+        note="The first seed; epoch 0 is the suspect network, scores after it are on 500 of the "
+        "test images, every fourth or fifth epoch."),
+    "awm_fig5": Record(
+        "AWM, Figure 5: distribution of the masks by layer, all-to-all on GTSRB", "masks", "awm8",
+        ("trojan_a2a",), (ONE, 100), ("AWM", "AWM (ours)"),
+        note="The paper does not print the number of images."),
+    "awm_fig6": Record(
+        "AWM, Figure 6: the same with masks on one layer only, a row a network", "masks", "awm9",
+        ("trojan_a2a",), (100,), tuple(f"VGG-{i}" for i in range(1, 7)), joined=True),
+}
+
+SHARES = {
+    "awm_fig1": Shares(
+        "AWM, Figure 1(a) and (b), left: what perturbed networks predict", "resnet18",
+        ("--dataset", "cifar10", "--attack", "badnets", "--samples", "one-shot,500,5000"),
+        "The VGG of (b): --arch small_vgg --out with another name that begins with awm_fig1. The "
+        "right part of (a), ANP by number of images, is the ANP column of awm1r and awm2."),
+    "anp_fig8": Shares(
+        "ANP, Figures 8 and 9: error rates and predictions of perturbed networks", "resnet18",
+        ("--dataset", "cifar10", "--attack", "badnets_checkerboard,sig", "--samples", "500",
+         "--eps", ".1,.2,.3,.4", "--benign"),
+        "Its second benign network, trained on a set with more images of one class, has no command "
+        "here. It prints neither the bounds nor the number of images."),
+}

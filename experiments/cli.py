@@ -9,7 +9,8 @@ from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import presets
 
-__all__ = ["check", "image_size", "load", "parser", "positive", "run", "samples", "scene_parser"]
+__all__ = ["check", "image_size", "load", "parser", "positive", "run", "samples", "scene_parser",
+           "several_samples"]
 
 
 def samples(text: str) -> str | int:
@@ -19,6 +20,11 @@ def samples(text: str) -> str | int:
     if text.isdigit() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected 'one-shot' or a whole number > 0, got {text!r}")
+
+
+def several_samples(text: str) -> tuple[str | int, ...]:
+    """A comma-separated list of `samples`."""
+    return tuple(samples(part) for part in text.split(","))
 
 
 def _rate(text: str) -> float:

@@ -28,16 +28,12 @@ def _bound(text: str) -> float:
     return value
 
 
-def _list(parse, what: str):
-    """A comma-separated list of values."""
-
-    def several(text: str) -> tuple:
-        try:
-            return tuple(parse(part) for part in text.split(","))
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}") from error
-
-    return several
+def _bounds(text: str) -> tuple[float, ...]:
+    """A comma-separated list of numbers > 0."""
+    try:
+        return tuple(_bound(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers > 0, got {text!r}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     p = cli.scene_parser("python -m experiments.proportions",
                          "Perturb a network's neurons and report what it predicts.")
     how = p.add_argument_group("perturbation")
-    how.add_argument("--samples", type=_list(cli.samples, "'one-shot' or numbers > 0"),
+    how.add_argument("--samples", type=cli.several_samples,
                      default=("one-shot", 500), metavar="N[,N...]",
                      help="clean images it is found on (default: one-shot,500)")
-    how.add_argument("--eps", type=_list(_bound, "numbers > 0"), default=(0.1, 0.2, 0.4),
+    how.add_argument("--eps", type=_bounds, default=(0.1, 0.2, 0.4),
                      metavar="E[,E...]", help="bounds relative to the weights "
                      "(default: .1,.2,.4)")
     how.add_argument("--steps", type=cli.positive, default=1, help="sign steps (default: 1)")

@@ -162,6 +162,8 @@ def _missing(args: argparse.Namespace, estimates: Estimates) -> list[Cell]:
     for cell in table_cells.cells(args.tables, args.seeds, args.arch):
         if args.defence and cell.column.defence not in args.defence:
             continue
+        if args.samples and cell.samples not in args.samples:
+            continue
         key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
         if key not in seen and result(cell, found, args.runs) is None:
             seen.add(key)
@@ -208,6 +210,8 @@ def _parser() -> argparse.ArgumentParser:
                    "awm5, awm10 and AWM's figures small_vgg, of the others the paper's)")
     p.add_argument("--defence", type=cli.several(DEFENCES, "defence"), default=(),
                    help="only these columns (default: all)")
+    p.add_argument("--samples", type=cli.several_samples, default=(), metavar="N[,N...]",
+                   help="only these numbers of clean images: 'one-shot' or numbers (default: all)")
     p.add_argument("--seeds", type=cli.positive, default=3,
                    help="purifications a cell (default: %(default)s)")
     p.add_argument("--budget", type=float, default=60.0, metavar="MINUTES",

@@ -36,7 +36,7 @@ def test_table_by_hand():
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--samples", "one-shot,0"], "numbers"), (["--eps", "a"], "numbers > 0"),
+    (["--samples", "one-shot,0"], "number > 0, got '0'"), (["--eps", "a"], "numbers > 0"),
     (["--eps", ".1,0"], "numbers > 0"), (["--eps", "nan"], "numbers > 0"),
     (["--steps", "0"], "whole number")])
 def test_wrong_values_get_one_line(argv, word, capsys):

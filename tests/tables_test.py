@@ -241,6 +241,12 @@ def test_what_would_end_after_the_budget_is_not_begun(tmp_path, asked, capsys):
     assert "6 purifications are missing" in capsys.readouterr().out
 
 
+def test_numbers_of_images_can_be_chosen(tmp_path, asked, capsys):
+    some = ["--tables", "awm8", "--defence", "ibau", "--seeds", "1", "--samples", "one-shot,500"]
+    assert _run(tmp_path, *some, "--budget", "1e6") == 0
+    assert {name.split("/")[2] for name in asked} == {"one-shot", "500"} and len(asked) == 12
+
+
 def test_estimates_are_what_cells_like_them_took(tmp_path, asked):
     _run(tmp_path, "--tables", "awm8", "--defence", "ibau", "--seeds", "1", "--budget", "1e6")
     estimates = tables.Estimates(tables.read(tmp_path / "runs"), tmp_path / "runs")

@@ -67,16 +67,14 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     """The attack of a spec.
 
     Triggers found by optimisation get their surrogate network first; those that are networks of
-    their own are trained once and kept beside the backdoored network.
+    their own are trained once, whatever network they are for, and kept beside the networks.
     """
     assert spec.attack is not None
     key = jax.random.key(spec.seed)
     make = functools.partial(attacks.make, spec.attack, key, dataset.train_images.shape[1:],
                              dataset.num_classes, target=target)
     if spec.attack in attacks.ON_TRAINING_SET:
-        named = spec if target is None else dataclasses.replace(
-            spec, attack=f"{spec.attack}-{target}")
-        return kept_attack(cache / f"{named.digest}-trigger", make(),
+        return kept_attack(cache / _trigger_name(spec, target), make(),
                            lambda: make(images=dataset.train_images))
     if spec.attack not in attacks.ON_SURROGATE:
         return make()
@@ -86,6 +84,13 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     picks = np.random.default_rng(spec.seed).choice(count, min(32, count), replace=False)
     images = dataset.train_images[picks].astype(np.float32) / 255.0
     return make(params=params, images=images)
+
+
+def _trigger_name(spec: NetworkSpec, target: int | None) -> str:
+    """A name for the cache, the same for the same trigger: how it is used does not matter."""
+    fields = [_VERSION, spec.dataset, spec.attack, target, spec.seed]
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
+    return f"{spec.dataset}-{spec.attack}-trigger-{digest}"
 
 
 def kept_attack(folder: pathlib.Path, untrained: Attack, train: Callable[[], Attack]) -> Attack:

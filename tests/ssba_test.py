@@ -134,3 +134,24 @@ def test_a_trained_trigger_is_kept(tmp_path):
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found.trigger, trained.trigger)))
         assert isinstance(found.trigger, type(trained.trigger))
     assert len(calls) == 1
+
+
+def test_a_trigger_is_trained_once_for_every_network_that_carries_it(tiny_dataset, monkeypatch):
+    made = []
+
+    def make(name, key, shape, num_classes, target=None, images=None):
+        if images is not None:
+            made.append(target)
+        return original(name, key, shape, num_classes, target=target)
+
+    original = attacks.make
+    monkeypatch.setattr(networks.attacks, "make", make)
+    dataset, cache = data.load("digits"), tiny_dataset / "networks"
+    spec = networks.NetworkSpec(dataset="digits", arch="tiny_cnn", attack="ssba", rate=0.1,
+                                epochs=1, seed=0)
+    for change in ({}, {"epochs": 2}, {"rate": 0.2}, {"arch": "one_block_cnn"}):
+        networks.make_attack(dataclasses.replace(spec, **change), dataset, cache)
+    assert made == [None]
+    networks.make_attack(spec, dataset, cache, target=3)
+    networks.make_attack(dataclasses.replace(spec, seed=1), dataset, cache)
+    assert made == [None, 3, None]

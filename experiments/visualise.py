@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import data, explain, metrics
-from awm_jax.data import Dataset
+from awm_jax.attacks import Attack
+from awm_jax.data import Dataset, splits
 from awm_jax.defences import DEFENCES, chunks
 from awm_jax.defences.ac import features
 from awm_jax.progress import waiting
@@ -26,6 +27,16 @@ from awm_jax.report import explanations
 from awm_jax.types import Params
 from experiments import cli, defending, results, scene, watching
 from experiments.scene import Scene
+
+_BATCH = 256  # clean images of a gradient, as many as FT-SAM's batches have
+_CHUNK = 250  # images that are given the trigger at a time, and that the watched ASR is of
+
+
+def _seed(text: str) -> int:
+    """A whole number that NumPy takes for a seed."""
+    if text.isdigit() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1, got {text!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
                      "number (default: %(default)s)")
     how.add_argument("--purify_epochs", type=cli.positive,
                      help="epochs of the defence, where it counts any (default: its own)")
-    how.add_argument("--seed", type=int, default=0,
+    how.add_argument("--seed", type=_seed, default=0,
                      help="of the clean images, the defence and t-SNE (default: %(default)s)")
     what = p.add_argument_group("pictures")
     what.add_argument("--images", type=cli.positive, default=500,
@@ -72,20 +83,26 @@ class Views(NamedTuple):
     wanted: np.ndarray
 
 
+def _others(attack: Attack, labels: np.ndarray) -> np.ndarray:
+    """Indices of the images outside the attacker's class; ValueError if there are none."""
+    found = np.flatnonzero(attack.relabel(labels) != labels)
+    if not len(found):
+        raise ValueError(f"Expected images outside the attacker's class, got {len(labels)} of it. "
+                         "Raise --images.")
+    return found
+
+
 def views(on_stage: Scene, count: int) -> Views:
     """The first ``count`` images that scores are measured on; for analysis only."""
     chosen = on_stage.split.eval_indices[:count]
     images = on_stage.dataset.test_images[chosen].astype(np.float32) / 255.0
     labels = np.asarray(on_stage.dataset.test_labels[chosen])
-    wanted = np.asarray(on_stage.attack.relabel(labels))
-    others = np.flatnonzero(wanted != labels)
-    if not len(others):
-        raise ValueError(f"Expected images outside the attacker's class among --images={count}, "
-                         "got none. Raise it.")
+    others = _others(on_stage.attack, labels)
     attack = (on_stage.attack.parts or (on_stage.attack,))[0]
-    triggered = [np.asarray(attack.apply(images[others[start : start + 250]]))
-                 for start in range(0, len(others), 250)]
-    return Views(images, labels, others, np.concatenate(triggered), wanted[others])
+    triggered = [np.asarray(attack.apply(images[others[start : start + _CHUNK]]))
+                 for start in range(0, len(others), _CHUNK)]
+    return Views(images, labels, others, np.concatenate(triggered),
+                 np.asarray(on_stage.attack.relabel(labels))[others])
 
 
 @jax.jit
@@ -133,7 +150,8 @@ def embed(features: np.ndarray, seed: int) -> np.ndarray:
       seed: of scikit-learn's optimiser, which starts from the two principal components.
 
     Returns:
-      ``[n, 2]`` float32.
+      ``[n, 2]`` float32; all zero where the features are alike to rounding, as a network gives
+      them that a defence has ruined.
 
     Example:
       >>> embed(np.random.default_rng(0).normal(size=(8, 3)), 0).shape
@@ -144,9 +162,12 @@ def embed(features: np.ndarray, seed: int) -> np.ndarray:
     """
     from sklearn.manifold import TSNE
 
+    features = np.asarray(features)
+    if features.std(axis=0).max() <= 1e-6 * np.abs(features).max():  # scikit-learn 1.9 would crash
+        return np.zeros((len(features), 2), np.float32)
     # Its default of 30 neighbours, fewer for a handful of points.
     return TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca",
-                random_state=seed).fit_transform(np.asarray(features))
+                random_state=seed).fit_transform(features)
 
 
 def purify(on_stage: Scene, args) -> tuple[Params, str]:
@@ -161,13 +182,13 @@ def purify(on_stage: Scene, args) -> tuple[Params, str]:
 
 def _draw_neurons(on_stage: Scene, networks: dict[str, Params], seen: Views, args,
                   path: pathlib.Path) -> dict[str, Any]:
-    """Figure 1 on clean images without perturbation, of each network; its numbers."""
+    """Figure 1 without perturbation, on one batch of clean images, of each network; its numbers."""
     batch, _ = on_stage.clean(args.seed, args.samples)
     images = seen.images[seen.others]
     change = {name: np.asarray(explain.tac(_neurons(params, images),
                                            _neurons(params, seen.triggered)))
               for name, params in networks.items()}
-    norms = {name: np.asarray(_gradient_norms(params, batch.images, batch.labels))
+    norms = {name: np.asarray(_gradient_norms(params, batch.images[:_BATCH], batch.labels[:_BATCH]))
              for name, params in networks.items()}
     order = change["backdoored"]
     explanations.neurons(
@@ -185,7 +206,7 @@ def _draw_epochs(on_stage: Scene, seen: Views, order: np.ndarray, args,
     batch, _ = on_stage.clean(args.seed, args.samples)
     found = watching.watch(
         jax.random.key(args.seed), on_stage.params, batch.images, batch.labels, chosen,
-        jnp.asarray(seen.triggered[:250]), jnp.asarray(seen.wanted[:250]))
+        jnp.asarray(seen.triggered[:_CHUNK]), jnp.asarray(seen.wanted[:_CHUNK]))
     norms, asr = np.asarray(found.norms), 100 * np.asarray(found.asr, float)
     explanations.neurons(
         path, {f"epoch {epoch}, ASR {rate:.1f}%": {"norm": own}
@@ -246,7 +267,8 @@ def _check(args, dataset: Dataset) -> None:
     """What would go wrong after the training.
 
     Raises:
-      ValueError: a network without what is drawn, or a defence that cannot work on it.
+      ValueError: a network without what is drawn, a defence that cannot work on it, or images that
+        are all of the attacker's class.
     """
     scene.check(args, dataset, (args.samples,))
     arch = scene.arch_of(args, dataset)
@@ -257,6 +279,9 @@ def _check(args, dataset: Dataset) -> None:
                          "training set of a --checkpoint is not known.")
     DEFENCES[args.defence].fits(arch)
     defending.config(args.defence, args, dataset)
+    shown = splits.defender_split(dataset).eval_indices[: args.images]
+    for name in args.attack:
+        _others(scene.untrained(name, args, dataset), np.asarray(dataset.test_labels[shown]))
 
 
 def _summary(row: dict[str, Any]) -> str:

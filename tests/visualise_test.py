@@ -61,9 +61,17 @@ def test_bad_input_is_refused_before_any_work(tiny_dataset, monkeypatch, capsys,
     assert err.count("\n") == 1 and word in err and not (tiny_dataset / "run").exists()
 
 
+def test_images_of_the_attackers_class_alone_are_refused(tiny_dataset, monkeypatch, capsys):
+    monkeypatch.setattr(visualise.scene, "make", lambda *_: pytest.fail("work was begun"))
+    dataset = visualise.data.load("digits")
+    first = dataset.test_labels[visualise.splits.defender_split(dataset).eval_indices[0]]
+    assert visualise.main([*ARGV, "--images", "1", "--target", str(first)]) == 2
+    assert "got 1 of it. Raise --images." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--defence", "none"], "invalid choice"), (["--images", "0"], "whole number > 0"),
-    (["--seed", "a"], "invalid int"), (["--samples", "x"], "'one-shot' or a whole number")])
+    (["--seed", "-1"], "from 0 to"), (["--samples", "x"], "'one-shot' or a whole number")])
 def test_wrong_values_get_one_line(argv, word, capsys):
     with pytest.raises(SystemExit) as caught:
         visualise.main(argv)
@@ -131,6 +139,17 @@ def test_embedding_keeps_clusters_apart():
     centres = found[:20].mean(axis=0), found[20:].mean(axis=0)
     radius = np.linalg.norm(found[:20] - centres[0], axis=1).max()
     assert np.linalg.norm(centres[0] - centres[1]) > 2 * radius
+
+
+@pytest.mark.parametrize("points", [np.ones((2, 4)), np.zeros((9, 3)),
+                                    1e6 + 1e-3 * np.eye(5)])
+def test_features_that_are_all_alike_are_one_point(points):
+    np.testing.assert_array_equal(visualise.embed(points.astype(np.float32), 0), 0)
+
+
+def test_two_points_are_enough():
+    found = visualise.embed(np.eye(2, 5, dtype=np.float32), 0)
+    assert np.isfinite(found).all() and (found[0] != found[1]).any()
 
 
 def test_pictures_by_hand_and_their_errors(tmp_path):

@@ -24,7 +24,7 @@ import pytest
 from flax import linen as nn
 
 from awm_jax import data, models, torch_compat
-from awm_jax.models import ops
+from awm_jax.models import layers, ops
 from awm_jax.types import Arch, Batch, Params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,8 +52,7 @@ class TinyCNN(nn.Module):
                         conv_general_dilated=ops.flax_conv)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"bn{i}")(x)
             x = ops.elu(x)
-            self.sow("intermediates", f"block{i}", x)
-            x = ops.max_pool_2x2(x)
+            x = ops.max_pool_2x2(layers.block(self, f"block{i}", x))
         x = nn.Dropout(0.2, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="dense")(x.reshape(x.shape[0], -1))
 

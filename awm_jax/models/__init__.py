@@ -147,7 +147,8 @@ def apply_train(params: Params, images: jax.Array, *, key: jax.Array) -> tuple[j
     return logits, updated.get("batch_stats", {})
 
 
-def activations(params: Params, images: jax.Array, *, key: jax.Array | None = None
+def activations(params: Params, images: jax.Array, *, key: jax.Array | None = None,
+                offsets: dict[str, jax.Array] | None = None
                 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """Logits and what each block of the network puts out, as `apply` or `apply_train`.
 
@@ -155,6 +156,8 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
       params: the network.
       images: ``[B, H, W, C]`` float32 in [0, 1].
       key: PRNG key of the dropout for training mode; None for frozen statistics.
+      offsets: what is added to each block's output on its way to the next, by name and of its
+        shape, to differentiate by; `movable` lists where it takes effect. None adds nothing.
 
     Returns:
       ``(logits [B, num_classes], {'block1': [B, h, w, c], ...}, batch_stats)``: the blocks in
@@ -170,6 +173,8 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
       (2, 8, 8, 128)
     """
     variables = {"params": params.weights, "batch_stats": params.batch_stats}
+    if offsets is not None:
+        variables["perturbations"] = offsets
     mutable = ["intermediates"] if key is None else ["intermediates", "batch_stats"]
     logits, found = foreign.apply(
         module(params.arch), variables, _normalise(params.arch, images), train=key is not None,
@@ -180,6 +185,17 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
         raise ValueError(f"Expected {params.arch.name} to sow what its blocks put out, it sows "
                          "nothing. Call self.sow('intermediates', 'block1', x) in the module.")
     return logits, blocks, found.get("batch_stats", params.batch_stats)
+
+
+def movable(arch: Arch) -> tuple[str, ...]:
+    """Blocks that `activations` can add offsets to; of a foreign module, those it perturbs.
+
+    Example:
+      >>> movable(Arch(name='small_vgg', num_classes=10))
+      ('block1', 'block2', 'block3')
+    """
+    drawn = jax.eval_shape(lambda key: _draw(key, arch), jax.random.key(0))
+    return tuple(drawn.get("perturbations", {}))
 
 
 def features(params: Params, images: jax.Array) -> jax.Array:

@@ -19,3 +19,13 @@ def depthwise(features, stride, name):
 def norm(train, name):
     """BatchNorm, with its own scale and shift."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+
+
+def block(network, name, x):
+    """What a block puts out: sown under its name, and moved where an offset of that name is given.
+
+    The offset, Flax's perturbation, is for the gradient with respect to what the block puts out.
+    """
+    x = network.perturb(name, x)
+    network.sow("intermediates", name, x)
+    return x

@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from awm_jax.models import ops
+from awm_jax.models import layers, ops
 
 
 def _avg_pool_2x2(x):
@@ -58,8 +58,7 @@ class CNN(nn.Module):
         for index, features in ((1, 16), (2, 32)):
             x = nn.relu(nn.Conv(features, (5, 5), padding=0, name=f"conv{index}",
                                 conv_general_dilated=ops.flax_conv)(x))
-            self.sow("intermediates", f"block{index}", x)
-            x = _avg_pool_2x2(x)
+            x = _avg_pool_2x2(layers.block(self, f"block{index}", x))
         x = nn.relu(nn.Dense(512, name="fc1")(x.reshape(x.shape[0], -1)))
         self.sow("intermediates", "block3", x[:, None, None])
         return nn.Dense(self.num_classes, name="dense")(x)

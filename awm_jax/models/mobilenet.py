@@ -2,6 +2,7 @@
 
 from flax import linen as nn
 
+from awm_jax.models import layers
 from awm_jax.models.layers import conv, depthwise, norm
 
 
@@ -68,8 +69,8 @@ class MobileNetV2(nn.Module):
         for block, (expansion, features, stride, _) in enumerate(self.blocks()):
             if stride != 1:
                 sown += 1
-                self.sow("intermediates", f"block{sown}", x)
+                x = layers.block(self, f"block{sown}", x)
             x = InvertedResidual(features, expansion, stride, name=f"layers_{block}")(x, train)
         x = nn.relu(norm(train, "bn2")(conv(1280, 1, 1, "conv2")(x)))
-        self.sow("intermediates", f"block{sown + 1}", x)
+        x = layers.block(self, f"block{sown + 1}", x)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

@@ -2,6 +2,7 @@
 
 from flax import linen as nn
 
+from awm_jax.models import layers
 from awm_jax.models.layers import conv, norm
 
 
@@ -11,7 +12,7 @@ def _stages(network, block, x, train):
         for i in range(2):
             stride = 2 if stage > 1 and i == 0 else 1
             x = block(features, stride, name=f"layer{stage}_{i}")(x, train)
-        network.sow("intermediates", f"block{stage}", x)
+        x = layers.block(network, f"block{stage}", x)
     return x
 
 

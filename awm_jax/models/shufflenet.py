@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from awm_jax.models import layers
 from awm_jax.models.layers import conv, depthwise, norm
 
 
@@ -66,10 +67,10 @@ class ShuffleNetV2(nn.Module):
         """Logits [B, num_classes] of images [B, H, W, C]."""
         x = nn.relu(norm(train, "bn1")(conv(24, 3, 1, "conv1")(x)))
         for stage, (features, units) in enumerate(self.stages, start=1):
-            self.sow("intermediates", f"block{stage}", x)
+            x = layers.block(self, f"block{stage}", x)
             x = DownUnit(features, name=f"layer{stage}_0")(x, train)
             for unit in range(1, units):
                 x = SplitUnit(name=f"layer{stage}_{unit}")(x, train)
         x = nn.relu(norm(train, "bn2")(conv(1024, 1, 1, "conv2")(x)))
-        self.sow("intermediates", "block4", x)
+        x = layers.block(self, "block4", x)
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

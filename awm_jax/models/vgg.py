@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from awm_jax.models import ops
+from awm_jax.models import layers, ops
 
 
 def _conv_norm(x, features, index, train):
@@ -31,8 +31,7 @@ class SmallVGG(nn.Module):
             for _ in range(2):
                 index += 1
                 x = ops.elu(_conv_norm(x, features, index, train))
-            self.sow("intermediates", f"block{block}", x)
-            x = ops.max_pool_2x2(x)
+            x = ops.max_pool_2x2(layers.block(self, f"block{block}", x))
             x = nn.Dropout(dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="dense")(x.reshape(x.shape[0], -1))
 
@@ -59,6 +58,5 @@ class VGG19BN(nn.Module):
             for _ in range(count):
                 index += 1
                 x = nn.relu(_conv_norm(x, features, index, train))
-            self.sow("intermediates", f"block{block}", x)
-            x = ops.max_pool_2x2(x)
+            x = ops.max_pool_2x2(layers.block(self, f"block{block}", x))
         return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))

@@ -5,6 +5,8 @@
 Writes a Markdown file a table and a figure, one page of HTML with all of them, a README.md that
 says how many cells there are and how many pass, and figures.json: the numbers alone, small enough
 for git, from which the same pages and pictures are rendered where the runs themselves are gone.
+README.md begins with what findings.md says beside it, which is written by hand: what reproduces,
+what does not, and why.
 """
 
 import argparse
@@ -125,23 +127,29 @@ def _count(name: str, arch: str, cells: dict[str, Any]) -> list[str]:
             str(passed), str(theirs), f"{np.mean(acc):+.1f}" if acc else "-"]
 
 
-def _front(held: Kept, drawn: Rows) -> Page:
-    """README.md: what there is, and how it compares."""
+def _front(held: Kept, drawn: Rows, findings: pathlib.Path) -> Page:
+    """README.md: what we make of it, what there is, and how it compares."""
     rows = [["table", "network", "places filled", "seeds", "compared", "pass: ours",
              "pass: paper", "ACC, ours less paper"]]
-    rows += [_count(name, arch, held.cells) for name in TABLES
-             for arch in kept.networks(name, held.cells)]
+    begun = [(name, arch) for name in TABLES for arch in kept.networks(name, held.cells)
+             if kept.places(name, arch, held.cells)]
+    rows += [_count(name, arch, held.cells) for name, arch in begun]
+    others = [f"[{table.title}]({name}.md)" for name, table in TABLES.items()
+              if name not in dict(begun)]
     everything = [*held.cells.values(), *held.shares.values()]
     made = sorted({json.dumps(c["versions"], sort_keys=True) for c in everything})
     commits = sorted({c["commit"] for c in held.cells.values()})
     versions = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(m).items()) for m in made)
+    said = [findings.read_text().strip()] if findings.exists() else []
     return Page("The papers' tables and figures", [
+        *said,
         "Written by `python -m experiments.report`; the purifications by `python -m "
         "experiments.tables`, one seed of every cell before the second of any, cheap cells first. "
         "What was not run is shown as missing.",
         rows,
         "A place passes if the mean ASR over seeds, counted as the table's paper does, is below "
         "1.5/c.",
+        f"Not begun: {'; '.join(others) or 'none'}.",
         drawn,
         f"Hardware and versions: {versions or 'none yet'}.",
         f"Commits: {', '.join(commits) or 'none yet'}."])
@@ -155,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
     every = {name: _page(name, held.cells) for name in TABLES}
     every |= report_figures.make(held, args.out)
     texts = {f"{name}.md": pages.markdown(page) for name, page in every.items()}
-    texts["README.md"] = pages.markdown(_front(held, report_figures.states(held)))
+    texts["README.md"] = pages.markdown(_front(
+        held, report_figures.states(held), args.out / "findings.md"))
     texts["tables.html"] = pages.page_html("The papers' tables and figures", every.values())
     for name, text in texts.items():
         results.write_text(args.out / name, text)

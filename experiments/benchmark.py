@@ -22,7 +22,7 @@ import numpy as np
 from awm_jax.command.options import OneLine, positive
 from awm_jax.progress import Progress
 from experiments import cli, results
-from experiments.benchmark_cells import ARCHS, JOBS, Cell
+from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, Cell
 
 _OURS, _TORCH, _COMPILED = "awm_jax", "PyTorch", "torch.compile"
 
@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
                    help=f"one or more of: {', '.join(ARCHS)}; or all (default: small_vgg)")
     p.add_argument("--batch", type=_batches, default=(16,),
                    help="images a step, one or more numbers (default: 16)")
+    p.add_argument("--layers", type=cli.several(LAYERS, "choice of layers"), default=("deep",),
+                   help="which convolutions are masked: deep (below the first resolution, as awm "
+                   "does by default), conv (all, as in the paper), or all for both (default: deep)")
     p.add_argument("--epochs", type=positive,
                    help="epochs timed (default: 10 of purifying, 1 of training)")
     p.add_argument("--images", type=positive,
@@ -78,10 +81,11 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
                 if images < batch:
                     raise ValueError(f"Expected --images={images} to be a --batch ({batch}) at "
                                      "least.")
-                found.append(Cell(
+                found += [Cell(
                     job=job, arch=arch, batch=batch, images=images, device=args.device,
                     epochs=args.epochs or (1 if job == "train" else 10),
-                    seeds=args.seeds if job == "sweep" else 1))
+                    seeds=args.seeds if job == "sweep" else 1, layers=layers)
+                    for layers in (("conv",) if job == "train" else args.layers)]
     return found
 
 
@@ -157,18 +161,19 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     Returns:
       The table; a ratio under 1 means that ours is faster.
     """
-    lines = ["| job | network | batch | side | runs | s | s an epoch | ratio to PyTorch "
+    lines = ["| job | network | batch | masked | side | runs | s | s an epoch | ratio to PyTorch "
              "| compiling, or first epoch, s | with that, ratio | peak MiB | before the job |",
-             "|" + "---|" * 12]
+             "|" + "---|" * 13]
     for saved in cells.values():
         cell = saved["cell"]
         found = {side: median(runs) for side, runs in saved["runs"].items()}
+        masked = "-" if cell["job"] == "train" else cell["layers"]
         for side, m in found.items():
             base = found.get(_TORCH, m)
             whole = (m["seconds"] + m["first"]) / (base["seconds"] + base["first"])
             each = m["seconds"] / cell["epochs"] / cell["seeds"]
             lines.append(
-                f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {side} | "
+                f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {masked} | {side} | "
                 f"{len(saved['runs'][side])} | {m['seconds']:.1f} | {each:.3f} | "
                 f"{m['seconds'] / base['seconds']:.2f} | {m['first']:.1f} | {whole:.2f} | "
                 f"{m['peak']:.0f} | {m['before']:.0f} |")
@@ -188,9 +193,9 @@ def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
               for n, saved in enumerate(cells.values()) if side in saved["runs"]]
         axis.bar([n + 0.8 * (i + 0.5) / len(sides) - 0.4 for n, _ in at], [v for _, v in at],
                  0.8 / len(sides), label=side)
-    axis.set_xticks(range(len(cells)), [f"{s['cell']['job']}\n{s['cell']['arch']}, "
-                                        f"{s['cell']['batch']}" for s in cells.values()],
-                    fontsize=8)
+    axis.set_xticks(range(len(cells)), [
+        f"{s['cell']['job']}, {s['cell']['layers']}\n{s['cell']['arch']}, {s['cell']['batch']}"
+        for s in cells.values()], fontsize=8)
     axis.set_ylabel("s an epoch")
     axis.grid(axis="y", alpha=0.3)
     axis.legend()

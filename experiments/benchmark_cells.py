@@ -7,6 +7,7 @@ import numpy as np
 
 JOBS = ("purify", "train", "sweep")
 ARCHS = ("small_vgg", "resnet18")
+LAYERS = ("deep", "conv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Cell:
       classes: classes of the network.
       steps: trigger steps, and mask steps, of an epoch of purifying.
       seeds: of a sweep.
+      layers: which convolutions are masked: 'deep' (below the first resolution, what `awm` does
+        by default) or 'conv' (all, as in the paper).
       device: 'cpu' or 'gpu'.
     """
 
@@ -34,6 +37,7 @@ class Cell:
     classes: int = 43
     steps: int = 10
     seeds: int = 1
+    layers: str = "deep"
     device: str = "cpu"
 
 

@@ -26,7 +26,7 @@ def purify(cell: Cell) -> Times:
     params = models.create(jax.random.key(0), Arch(name=cell.arch, num_classes=cell.classes))
     images, labels = map(jnp.asarray, images_of(cell))
     config = AWMConfig(variant="paper", epochs=cell.epochs, batch_size=cell.batch,
-                       inner_steps=cell.steps, outer_steps=cell.steps)
+                       inner_steps=cell.steps, outer_steps=cell.steps, layers=cell.layers)
     # What the published code does where the paper says otherwise, and the PyTorch side too.
     settings = dataclasses.replace(config.resolve(cell.images, (32, 32, 3)), inner_target="own",
                                    clamp_outer=True)

@@ -103,6 +103,24 @@ def _peak(cell: Cell) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _convolutions(net: torch.nn.Module, size: tuple[int, int], device: torch.device, *,
+                  deep: bool) -> list[str]:
+    """Kernels of the convolutions, or of those whose maps are smaller than the largest."""
+    areas: dict[str, int] = {}
+
+    def noting(name):
+        return lambda _layer, _given, out: areas.update({f"{name}.weight": out[0, 0].numel()})
+
+    hooks = [layer.register_forward_hook(noting(name)) for name, layer in net.named_modules()
+             if isinstance(layer, torch.nn.Conv2d)]
+    with torch.no_grad():
+        net(torch.zeros(1, 3, *size, device=device))
+    for hook in hooks:
+        hook.remove()
+    largest = max(areas.values())
+    return [name for name, area in areas.items() if not deep or area < largest]
+
+
 class _Purifier:
     """One-shot AWM, Algorithm 1, on one network."""
 
@@ -114,8 +132,8 @@ class _Purifier:
         self.cell = cell
         self.weights = {k: v.detach() for k, v in net.named_parameters()}
         self.rest = dict(net.named_buffers())
-        self.masks = {k: torch.ones_like(v, requires_grad=True) for k, v in self.weights.items()
-                      if v.ndim == 4}
+        chosen = _convolutions(net, images.shape[1:3], device, deep=cell.layers == "deep")
+        self.masks = {k: torch.ones_like(self.weights[k], requires_grad=True) for k in chosen}
         self.x = torch.tensor(images.transpose(0, 3, 1, 2), device=device).contiguous(
             memory_format=torch.channels_last)
         self.y = torch.tensor(labels, device=device).long()

@@ -11,7 +11,7 @@ import awm_jax
 from awm_jax import masks, models
 from awm_jax.defences import awm_purify as awm
 from awm_jax.defences import awm_steps
-from awm_jax.types import Batch
+from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
 
@@ -251,6 +251,20 @@ def test_layers_can_be_chosen(tiny, small_batch):
     assert list(masks.by_layer(out.masks)) == ["conv2"]
     np.testing.assert_array_equal(out.params.weights["conv1"]["kernel"],
                                   tiny.weights["conv1"]["kernel"])
+
+
+def test_the_default_leaves_the_first_resolution_and_the_papers_does_not(tiny, small_batch):
+    for variant, masked in (("distilled", ["conv2"]), ("paper", ["conv1", "conv2"])):
+        settings = _config(variant).resolve(6, tiny.arch.image_shape)
+        state = jax.eval_shape(lambda: awm_steps.init(tiny, settings))  # noqa: B023
+        assert masks.layer_names(state.masks) == masked
+
+
+def test_a_network_without_convolutions_is_masked_all_the_same():
+    arch = Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1))
+    params = models.create(jax.random.key(0), arch)
+    settings = _config("distilled").resolve(6, arch.image_shape)
+    assert masks.layer_names(awm_steps.init(params, settings).masks) == ["fc1", "fc2", "fc3", "fc4"]
 
 
 def test_what_the_trigger_flees_is_the_masked_networks_own_answer(tiny, small_batch):

@@ -2,8 +2,11 @@
 
 import json
 
+import jax
 import pytest
 
+from awm_jax import masks, models
+from awm_jax.types import Arch
 from experiments import benchmark, benchmark_cells
 from experiments.benchmark_cells import Cell
 
@@ -20,10 +23,10 @@ def test_table_by_hand():
     text = benchmark.table({"a": {"cell": cell, "runs": {
         "PyTorch": [_times(6.0), _times(1.0), _times(60.0)], "awm_jax": [_times(4.0, 3.0)]}}})
     rows = text.splitlines()[2:]
-    assert rows[0] == ("| purify | small_vgg | 16 | PyTorch | 3 | 6.0 | 0.600 | 1.00 | 1.0 | 1.00 "
-                       "| 300 | 200 |")
-    assert rows[1] == ("| purify | small_vgg | 16 | awm_jax | 1 | 4.0 | 0.400 | 0.67 | 3.0 | 1.00 "
-                       "| 300 | 200 |")
+    assert rows[0] == ("| purify | small_vgg | 16 | deep | PyTorch | 3 | 6.0 | 0.600 | 1.00 "
+                       "| 1.0 | 1.00 | 300 | 200 |")
+    assert rows[1] == ("| purify | small_vgg | 16 | deep | awm_jax | 1 | 4.0 | 0.400 | 0.67 "
+                       "| 3.0 | 1.00 | 300 | 200 |")
 
 
 @pytest.mark.parametrize("job", benchmark_cells.JOBS)
@@ -43,6 +46,19 @@ def test_pytorchs_side_does_every_job(job, arch, monkeypatch, torch):
     found = benchmark_torch.JOBS[job](Cell(job=job, arch=arch, seeds=2, **SMALL), False)
     assert found.seconds > 0 and found.peak >= found.before > 0
     assert (0.97 < found.figure < 1) if job != "train" else found.figure > 0
+
+
+@pytest.mark.parametrize("layers", benchmark_cells.LAYERS)
+@pytest.mark.parametrize("arch", benchmark_cells.ARCHS)
+def test_both_sides_mask_as_much(arch, layers, torch):
+    from experiments import benchmark_torch
+
+    cell = Cell(job="purify", arch=arch, layers=layers, **SMALL)
+    theirs = sum(m.numel() for m in benchmark_torch._Purifier(cell, False).masks.values())
+    found = Arch(name=arch, num_classes=4)
+    weights = jax.eval_shape(lambda k: models.create(k, found), jax.random.key(0)).weights
+    chosen = models.deep_convolutions(found) if layers == "deep" else "conv"
+    assert theirs == masks.size(jax.eval_shape(lambda w: masks.init(w, chosen), weights))
 
 
 def test_crops_of_pytorch_are_crops(torch):
@@ -90,7 +106,7 @@ def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "b" / "benchmark.json").read_text())
     assert [s["cell"]["images"] for s in saved["cells"].values()] == [43, 64]
     assert (tmp_path / "b" / "benchmark.png").stat().st_size > 0
-    assert "| purify | small_vgg | 64 | awm_jax | 2 |" in (tmp_path / "b" / "benchmark.md"
+    assert "| purify | small_vgg | 64 | deep | awm_jax | 2 |" in (tmp_path / "b" / "benchmark.md"
                                                           ).read_text()
     assert benchmark.main([*argv, "--images", "8"]) == 2
     assert "--images=8" in capsys.readouterr().err

@@ -60,6 +60,12 @@ class WithNothing(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+def test_where_all_maps_are_of_one_size_every_convolution_is_deep():
+    arch = ForeignArch(name="foreign", num_classes=3, image_shape=SHAPE,
+                       module=WithNothing(widths=(4, 6)))
+    assert models.deep_convolutions(arch) == ("Conv_0", "Conv_1")
+
+
 class Takes(nn.Module):
     """What is wrong with it is what its function returns."""
 

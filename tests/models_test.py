@@ -250,3 +250,19 @@ def test_drawing_weights_inside_a_larger_program_gives_the_same(small_params):
     both = jax.vmap(lambda key: models.create(key, small_params.arch).weights)(
         jax.random.split(jax.random.key(0), 2))
     assert both["conv1"]["kernel"].shape == (2, *small_params.weights["conv1"]["kernel"].shape)
+
+
+@pytest.mark.parametrize("name, shallow", [
+    ("small_vgg", {"conv1", "conv2"}), ("cnn", {"conv1"}),
+    ("resnet18", {"conv1", *(f"layer1_{i}/conv{j}" for i in (0, 1) for j in (1, 2))})])
+def test_deep_convolutions_are_all_but_those_at_the_first_resolution(name, shallow):
+    arch = Arch(name=name, num_classes=3, image_shape=(32, 32, 3))
+    weights = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0)).weights
+    convolutions = set(masks.layer_names(jax.eval_shape(masks.init, weights)))
+    deep = models.deep_convolutions(arch)
+    assert len(deep) == len(set(deep)) and set(deep) == convolutions - shallow
+    assert shallow < convolutions
+
+
+def test_a_network_without_convolutions_has_no_deep_ones():
+    assert models.deep_convolutions(Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1))) == ()

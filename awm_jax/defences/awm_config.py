@@ -21,7 +21,7 @@ class Settings:
       inner_lr: step length of the trigger.
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
-      layers: what is masked, as `awm_jax.masks.init` takes it.
+      layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
       objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network).
       inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
       normalised: divide each trigger gradient by its L2 norm.
@@ -78,7 +78,7 @@ class Settings:
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0,
+           "layers": "conv", "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0,
            "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1", "l2_weight": 0.0}
 
 _PAPER = {
@@ -92,7 +92,7 @@ VARIANTS: dict[str, dict] = {
         **_SHARED, "epochs": 16, "inner_steps": 10, "outer_steps": 10, "alpha": 0.8,
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
-        "clamp_outer": True, "augment": True, "replay": 0.75,
+        "clamp_outer": True, "augment": True, "replay": 0.75, "layers": "deep",
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
         "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
@@ -123,7 +123,9 @@ class AWMConfig:
       the worst of these classes again, within four times the bound. Where the survey suspects an
       all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
       given. Two rules keep erased what was erased: three quarters of the images in a mask step
-      carry an earlier trigger, and masks never rise. 16 epochs; half of them in, Adam's rate falls
+      carry an earlier trigger, and masks never rise. Only convolutions below the first resolution
+      are masked: the first layers' filters serve every class, and masking them too costs accuracy
+      and erases little more. 16 epochs; half of them in, Adam's rate falls
       to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
@@ -153,8 +155,9 @@ class AWMConfig:
       inner_lr: step length of the trigger, > 0.
       outer_lr: Adam's rate, > 0.
       replay: share of the images in a mask step that get an earlier epoch's trigger, in [0, 1].
-      layers: ``'conv'``, ``'all'`` or a tuple of layer names (Table 9's VGG-i is
-        ``('conv<i>',)``).
+      layers: ``'deep'`` (convolutions below the first resolution, as
+        `awm_jax.models.deep_convolutions` lists them), ``'conv'``, ``'all'`` or a tuple of layer
+        names (Table 9's VGG-i is ``('conv<i>',)``).
       l2_weight: coefficient of ``||d||_2`` in what the trigger phase maximises, any sign.
       flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
       copies: fixed augmented copies of each image added beforehand, >= 0 (the paper's one-shot
@@ -182,7 +185,7 @@ class AWMConfig:
     outer_lr: float | None = None
     replay: float | None = None
     l2_weight: float | None = None
-    layers: str | tuple[str, ...] = "conv"
+    layers: str | tuple[str, ...] | None = None
     flip: bool = False
     copies: int = 0
 
@@ -219,7 +222,7 @@ class AWMConfig:
         """
         values = dict(VARIANTS[self.variant])
         for name in ("epochs", "inner_steps", "outer_steps", "alpha", "gamma", "inner_lr",
-                     "outer_lr", "replay", "l2_weight"):
+                     "outer_lr", "replay", "l2_weight", "layers"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         if self.tau is not None:
@@ -241,8 +244,7 @@ class AWMConfig:
             values.setdefault("inner_steps", steps)
             values.setdefault("outer_steps", steps)
         decay = values["epochs"] if self.variant == "official" else max(1, values["epochs"] // 2)
-        return Settings(**values, decay_epoch=decay, layers=self.layers, flip=self.flip,
-                        copies=self.copies)
+        return Settings(**values, decay_epoch=decay, flip=self.flip, copies=self.copies)
 
 
 def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:

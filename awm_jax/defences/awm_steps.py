@@ -282,7 +282,10 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
       settings: from `AWMConfig.resolve`.
       found: from `look`; its most damaging triggers are replayed from the start.
     """
-    masks = masking.init(params.weights, settings.layers)
+    layers = settings.layers
+    if layers == "deep":  # a network without convolutions is masked as by 'conv'
+        layers = models.deep_convolutions(params.arch) or "conv"
+    masks = masking.init(params.weights, layers)
     kept = settings.epochs if settings.replay else 1
     triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
     if found is not None:

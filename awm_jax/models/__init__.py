@@ -1,5 +1,6 @@
 """Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
 
+import math
 from typing import Any, cast
 
 import jax
@@ -228,6 +229,36 @@ def features(params: Params, images: jax.Array) -> jax.Array:
     if not seen:
         raise ValueError(f"Expected {params.arch.name} to end in a layer called 'dense'.")
     return seen[0]
+
+
+def deep_convolutions(arch: Arch) -> tuple[str, ...]:
+    """The convolutions below the first resolution, in the order of their use.
+
+    Those whose maps are as large as the largest are left out: the first layers, whose filters all
+    classes share. Where all maps are of one size, nothing is left out.
+
+    Args:
+      arch: a network, of ours or foreign.
+
+    Returns:
+      Slash-joined names; empty for a network without convolutions.
+
+    Example:
+      >>> deep_convolutions(Arch(name='small_vgg', num_classes=10))
+      ('conv3', 'conv4', 'conv5', 'conv6')
+    """
+    areas: dict[str, int] = {}
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+            areas["/".join(context.module.path)] = math.prod(out.shape[1:-1])
+        return out
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda key: _draw(key, arch), jax.random.key(0))
+    deep = tuple(name for name, area in areas.items() if area < max(areas.values()))
+    return deep or tuple(areas)
 
 
 def norm_inputs(arch: Arch) -> dict[str, str]:

@@ -16,7 +16,12 @@ def layer_names(weights: Weights) -> list[str]:
       ['conv1']
     """
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(weights)]
-    return [_name(p[:-1]) for p in paths if _name(p[-1:]) == "kernel"]
+    return [layer_of(p) for p in paths if _name(p[-1:]) == "kernel"]
+
+
+def layer_of(path: Any) -> str:
+    """The slash-joined name of the layer that owns the leaf at a tree path."""
+    return _name(path[:-1])
 
 
 def _name(path: Any) -> str:

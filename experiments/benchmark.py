@@ -49,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
                    help=f"one or more of: {', '.join(ARCHS)}; or all (default: small_vgg)")
     p.add_argument("--batch", type=_batches, default=(16,),
                    help="images a step, one or more numbers (default: 16)")
-    p.add_argument("--layers", type=cli.several(LAYERS, "choice of layers"), default=("deep",),
-                   help="which convolutions are masked: deep (below the first resolution, as awm "
-                   "does by default), conv (all, as in the paper), or all for both (default: deep)")
+    p.add_argument("--layers", type=cli.several(LAYERS, "choice of layers"), default=("conv",),
+                   help="which convolutions are masked: conv (all of them), deep (those below the "
+                   "first resolution), or all for both (default: conv)")
     p.add_argument("--epochs", type=positive,
                    help="epochs timed (default: 10 of purifying, 1 of training)")
     p.add_argument("--images", type=positive,

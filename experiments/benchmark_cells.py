@@ -7,7 +7,7 @@ import numpy as np
 
 JOBS = ("purify", "train", "sweep")
 ARCHS = ("small_vgg", "resnet18")
-LAYERS = ("deep", "conv")
+LAYERS = ("conv", "deep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Cell:
       classes: classes of the network.
       steps: trigger steps, and mask steps, of an epoch of purifying.
       seeds: of a sweep.
-      layers: which convolutions are masked: 'deep' (below the first resolution, what `awm` does
-        by default) or 'conv' (all, as in the paper).
+      layers: which convolutions are masked: 'conv' (all, as in the paper) or 'deep' (those
+        below the first resolution).
       device: 'cpu' or 'gpu'.
     """
 
@@ -37,7 +37,7 @@ class Cell:
     classes: int = 43
     steps: int = 10
     seeds: int = 1
-    layers: str = "deep"
+    layers: str = "conv"
     device: str = "cpu"
 
 

@@ -79,16 +79,22 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     if spec.attack not in attacks.ON_SURROGATE:
         return make()
     surrogate = benign(spec, presets.of(dataset).surrogate_epochs)
-    params = get_network(surrogate, dataset, cache)
-    count = len(dataset.train_images)
-    picks = np.random.default_rng(spec.seed).choice(count, min(32, count), replace=False)
-    images = dataset.train_images[picks].astype(np.float32) / 255.0
-    return make(params=params, images=images)
+
+    def optimised() -> Attack:
+        params = get_network(surrogate, dataset, cache)
+        count = len(dataset.train_images)
+        picks = np.random.default_rng(spec.seed).choice(count, min(32, count), replace=False)
+        images = dataset.train_images[picks].astype(np.float32) / 255.0
+        return make(params=params, images=images)
+
+    if spec.attack in ("clb", "multi"):  # more than a trigger of fixed shape
+        return optimised()
+    return kept_attack(cache / _trigger_name(spec, target, surrogate.digest), make(), optimised)
 
 
-def _trigger_name(spec: NetworkSpec, target: int | None) -> str:
+def _trigger_name(spec: NetworkSpec, target: int | None, surrogate: str = "") -> str:
     """A name for the cache, the same for the same trigger: how it is used does not matter."""
-    fields = [_VERSION, spec.dataset, spec.attack, target, spec.seed]
+    fields = [_VERSION, spec.dataset, spec.attack, target, spec.seed, *filter(None, [surrogate])]
     digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
     return f"{spec.dataset}-{spec.attack}-trigger-{digest}"
 

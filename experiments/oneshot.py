@@ -9,6 +9,7 @@ attacks, seeds and settings share a program (--sweep, docs/sweeps.md).
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from awm_jax import data
+from awm_jax import data, metrics
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
@@ -103,7 +104,7 @@ def run(args) -> dict:
     mine = hosts.share(every)
     todo = [cell for cell in mine if cell.name not in book.known]
     sweeps = sweeping.wanted(args.sweep)
-    stage = _stage(args, dataset, folder, keep=sweeps)
+    stage = _stage(args, dataset, folder, book, keep=sweeps)
     _train(args.attack, [cell for cell in every if cell.name not in book.known], args, dataset)
     _work(todo, stage, folder, book, _Cells(len(mine), len(todo)), args.chunk if sweeps else 0)
     hosts.wait("done")
@@ -139,6 +140,15 @@ class _Book:
         for path in hosts.results_files(self._folder):
             self.known = {**results.read_cells(path, *self._kind), **self.known}
 
+    def before(self, network: str) -> metrics.Scores | None:
+        """The scores of a suspect network, from any purification of it."""
+        for name, cell in self.known.items():
+            found = cell["before"]
+            if name.rpartition("/")[0].rpartition("/")[0] == network and (
+                    set(found) == set(metrics.Scores._fields)):
+                return metrics.Scores(**{**found, "asr_parts": tuple(found["asr_parts"])})
+        return None
+
     def add(self, cells: dict[str, dict]) -> None:
         """Writes finished cells."""
         self._mine |= cells
@@ -146,12 +156,14 @@ class _Book:
         results.write_json(self.path, {**self.about, "cells": self._mine})
 
 
-def _stage(args, dataset: Dataset, folder: pathlib.Path,
+def _stage(args, dataset: Dataset, folder: pathlib.Path, book: _Book,
            keep: bool) -> Callable[[str], scene.Scene]:
     """Attacks to scenes, each made once; a sweep needs them together, a loop one at a time."""
     @functools.lru_cache(maxsize=None if keep else 1)
     def stage(attack: str) -> scene.Scene:
-        on_stage = scene.make(attack, args, dataset, _networks())
+        on_stage = dataclasses.replace(
+            scene.make(attack, args, dataset, _networks()),
+            measured=book.before(_network_name(attack, args, dataset)))
         defending.show_attack(on_stage, folder)
         return on_stage
 
@@ -192,15 +204,20 @@ def _work(todo: list[Cell], stage: Callable[[str], scene.Scene], folder: pathlib
         started = time.perf_counter()
 
 
-def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
-    """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
+def _network_name(attack: str, args, dataset: Dataset) -> str:
+    """Names a suspect network and its trigger by all that decides them."""
     epochs = args.epochs or presets.epochs(dataset, attack)
     network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
     trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
     target = "" if args.target is None else f"/t{args.target}"
+    return f"{attack}{trigger}{target}/{network}"
+
+
+def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
+    """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
     settings = f"{defending.fingerprint(defence, args, dataset)}-{args.samples}"
     title = defending.label(defence, args)
-    return f"{attack}{trigger}{target}/{network}/{title}-{settings}/{seed}"
+    return f"{_network_name(attack, args, dataset)}/{title}-{settings}/{seed}"
 
 
 def main(argv: list[str] | None = None) -> int:

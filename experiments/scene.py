@@ -27,6 +27,7 @@ class Scene:
       dataset: its data.
       split: who sees which test image.
       spec: how it was trained here; None for a network of somebody else.
+      measured: its scores, where an earlier run has them; None to measure them when asked for.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Scene:
     dataset: Dataset
     split: splits.Split
     spec: networks.NetworkSpec | None
+    measured: metrics.Scores | None = None
 
     @functools.cached_property
     def before(self) -> metrics.Scores:
         """Scores of the suspect network, the same for every seed."""
-        return self.evaluate(self.params)
+        return self.measured or self.evaluate(self.params)
 
     @functools.cached_property
     def covered(self) -> float | None:

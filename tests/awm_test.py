@@ -253,17 +253,27 @@ def test_layers_can_be_chosen(tiny, small_batch):
                                   tiny.weights["conv1"]["kernel"])
 
 
-def test_the_default_leaves_the_first_resolution_and_the_papers_does_not(tiny, small_batch):
-    for variant, masked in (("distilled", ["conv2"]), ("paper", ["conv1", "conv2"])):
-        settings = _config(variant).resolve(6, tiny.arch.image_shape)
-        state = jax.eval_shape(lambda: awm_steps.init(tiny, settings))  # noqa: B023
-        assert masks.layer_names(state.masks) == masked
+def test_the_first_resolution_is_masked_against_all_to_all_alone(tiny, small_batch):
+    settings = _config("distilled", epochs=1).resolve(6, tiny.arch.image_shape)
+    x, y = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    begin = awm_steps.init(tiny, settings)
+    step = jax.jit(awm_steps.step, static_argnames="settings")
+    for suspect, moved in ((0, ["conv2"]), (tiny.arch.num_classes, ["conv1", "conv2"])):
+        state = begin._replace(suspect=jnp.array(suspect))
+        state, _ = step(jax.random.key(0), state, tiny, x, y, settings)
+        found = masks.by_layer(state.masks)
+        assert [name for name, m in found.items() if (m != 1).any()] == moved
+
+
+def test_deep_masks_are_those_of_the_deep_convolutions(tiny):
+    settings = _config("paper", layers="deep").resolve(6, tiny.arch.image_shape)
+    assert masks.layer_names(awm_steps.init(tiny, settings).masks) == ["conv2"]
 
 
 def test_a_network_without_convolutions_is_masked_all_the_same():
     arch = Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1))
     params = models.create(jax.random.key(0), arch)
-    settings = _config("distilled").resolve(6, arch.image_shape)
+    settings = _config("distilled", layers="deep").resolve(6, arch.image_shape)
     assert masks.layer_names(awm_steps.init(params, settings).masks) == ["fc1", "fc2", "fc3", "fc4"]
 
 

@@ -23,9 +23,9 @@ def test_table_by_hand():
     text = benchmark.table({"a": {"cell": cell, "runs": {
         "PyTorch": [_times(6.0), _times(1.0), _times(60.0)], "awm_jax": [_times(4.0, 3.0)]}}})
     rows = text.splitlines()[2:]
-    assert rows[0] == ("| purify | small_vgg | 16 | deep | PyTorch | 3 | 6.0 | 0.600 | 1.00 "
+    assert rows[0] == ("| purify | small_vgg | 16 | conv | PyTorch | 3 | 6.0 | 0.600 | 1.00 "
                        "| 1.0 | 1.00 | 300 | 200 |")
-    assert rows[1] == ("| purify | small_vgg | 16 | deep | awm_jax | 1 | 4.0 | 0.400 | 0.67 "
+    assert rows[1] == ("| purify | small_vgg | 16 | conv | awm_jax | 1 | 4.0 | 0.400 | 0.67 "
                        "| 3.0 | 1.00 | 300 | 200 |")
 
 
@@ -106,7 +106,7 @@ def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "b" / "benchmark.json").read_text())
     assert [s["cell"]["images"] for s in saved["cells"].values()] == [43, 64]
     assert (tmp_path / "b" / "benchmark.png").stat().st_size > 0
-    assert "| purify | small_vgg | 64 | deep | awm_jax | 2 |" in (tmp_path / "b" / "benchmark.md"
+    assert "| purify | small_vgg | 64 | conv | awm_jax | 2 |" in (tmp_path / "b" / "benchmark.md"
                                                           ).read_text()
     assert benchmark.main([*argv, "--images", "8"]) == 2
     assert "--images=8" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from awm_jax import attacks, checkpoint, data
+from awm_jax import attacks, checkpoint, data, metrics
 from awm_jax.defences import DEFENCES
 from awm_jax.progress import waiting
 from experiments import defending, oneshot, results
@@ -89,9 +89,13 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     purified = []
     real = defending.defend
     monkeypatch.setattr(defending, "defend", lambda *a: purified.append(a[2]) or real(*a))
+    scored, evaluate = [], metrics.evaluate
+    monkeypatch.setattr(metrics, "evaluate", lambda *a, **k: scored.append(1) or evaluate(*a, **k))
     assert oneshot.main([*ARGV, "--seeds", "2", "--out", str(out)]) == 0
     assert purified == [1]  # seed 0 was there already
-    assert len(json.loads((out / "results.json").read_text())["cells"]) == 2
+    first, second = json.loads((out / "results.json").read_text())["cells"].values()
+    assert second["before"] == first["before"] == cell["before"]
+    assert len(scored) == 1  # the purified network; the suspect one's scores are known
     assert "| badnets | awm |" in capsys.readouterr().out
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awm_jax import attacks, data
+from awm_jax import attacks, data, models
 from awm_jax.attacks import ssba_networks as nets
+from awm_jax.types import Arch
 from experiments import networks
 
 KEY = jax.random.key(0)
@@ -155,3 +156,23 @@ def test_a_trigger_is_trained_once_for_every_network_that_carries_it(tiny_datase
     networks.make_attack(spec, dataset, cache, target=3)
     networks.make_attack(dataclasses.replace(spec, seed=1), dataset, cache)
     assert made == [None, 3, None]
+
+
+def test_a_trigger_optimised_on_a_network_is_kept_for_each_architecture(tiny_dataset, monkeypatch):
+    asked = []
+
+    def surrogate(spec, dataset, cache):
+        asked.append(spec.arch)
+        return models.create(KEY, Arch(name=spec.arch, num_classes=10, image_shape=(8, 8, 3)))
+
+    monkeypatch.setattr(networks, "get_network", surrogate)
+    dataset, cache = data.load("digits"), tiny_dataset / "networks"
+    spec = networks.NetworkSpec(dataset="digits", arch="tiny_cnn", attack="l2_inv", rate=0.1,
+                                epochs=1, seed=0)
+    other = dataclasses.replace(spec, arch="one_block_cnn")
+    first, second, third = (networks.make_attack(s, dataset, cache) for s in (spec, spec, other))
+    assert asked == ["tiny_cnn", "one_block_cnn"]
+    np.testing.assert_array_equal(first.trigger.pattern, second.trigger.pattern)
+    assert np.abs(np.asarray(first.trigger.pattern) - third.trigger.pattern).max() > 0
+    random = attacks.make("l2_inv", KEY, (8, 8, 3), 10)
+    assert np.abs(np.asarray(first.trigger.pattern) - random.trigger.pattern).max() > 0

@@ -22,6 +22,8 @@ class Settings:
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
       layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
+      spare: masks of convolutions at the first resolution stay 1, unless the survey suspects an
+        all-to-all backdoor.
       objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network).
       inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
       normalised: divide each trigger gradient by its L2 norm.
@@ -56,6 +58,7 @@ class Settings:
     outer_lr: float
     decay_epoch: int
     layers: str | tuple[str, ...]
+    spare: bool
     objective: str
     inner_target: str
     normalised: bool
@@ -78,8 +81,9 @@ class Settings:
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "layers": "conv", "monotone": False, "survey_steps": 0, "suspects": 0, "pursuit": 0.0,
-           "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1", "l2_weight": 0.0}
+           "layers": "conv", "spare": False, "monotone": False, "survey_steps": 0, "suspects": 0,
+           "pursuit": 0.0, "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1",
+           "l2_weight": 0.0}
 
 _PAPER = {
     **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -92,7 +96,7 @@ VARIANTS: dict[str, dict] = {
         **_SHARED, "epochs": 16, "inner_steps": 10, "outer_steps": 10, "alpha": 0.8,
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
-        "clamp_outer": True, "augment": True, "replay": 0.75, "layers": "deep",
+        "clamp_outer": True, "augment": True, "replay": 0.75, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
         "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
@@ -123,9 +127,10 @@ class AWMConfig:
       the worst of these classes again, within four times the bound. Where the survey suspects an
       all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
       given. Two rules keep erased what was erased: three quarters of the images in a mask step
-      carry an earlier trigger, and masks never rise. Only convolutions below the first resolution
-      are masked: the first layers' filters serve every class, and masking them too costs accuracy
-      and erases little more. 16 epochs; half of them in, Adam's rate falls
+      carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
+      masked against an all-to-all backdoor only: their filters serve every class, and masking them
+      against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
+      16 epochs; half of them in, Adam's rate falls
       to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
@@ -225,6 +230,8 @@ class AWMConfig:
                      "outer_lr", "replay", "l2_weight", "layers"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
+        if self.layers is not None:
+            values["spare"] = False
         if self.tau is not None:
             values["taus"] = _as_tuple(self.tau)
         if not values["replay"]:  # what the survey finds is used by replaying it

@@ -9,8 +9,9 @@ from importlib import metadata
 # the version alone that was tried.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false").strip()
+    os.environ["XLA_FLAGS"] = (  # the second as `awm_jax.programs.tune` has it
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_experimental_ynn_fusion_type=reduce").strip()
 
 # What the workers of a run, and the next run, need not compile again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(

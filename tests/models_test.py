@@ -29,8 +29,7 @@ def _with_gradients(conv, x, k, key):
     return work(x, k, dy)
 
 
-# Each side of the thresholds between im2col and rows, an uneven size, and enough channels for both
-# kernel gradients.
+# Kernels of every kind that the networks have, uneven sizes, both of the kernel's gradients.
 @pytest.mark.parametrize("size, stride, pad, channels, shape", [
     *((size, stride, pad, 3, shape) for size, stride, pad in [(3, 1, 1), (3, 2, 1), (1, 2, 0),
                                                               (5, 2, 2)]
@@ -56,22 +55,57 @@ def test_conv_and_both_gradients_equal_the_native_ones(x64, size, stride, pad, c
     ((10, 8), ((0, 0), (0, 0)), 16, 16), ((8, 10), ((2, 2), (2, 2)), 16, 16),
     ((7, 8), ((1, 2), (0, 2)), 16, 16),
 ])
-def test_winograd_and_both_gradients_equal_the_native_ones(x64, shape, pads, c_in, c_out):
+def test_winograd_equals_the_native_gradient(x64, shape, pads, c_in, c_out):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (24, *shape, c_in), jnp.float64)
     k = jax.random.normal(keys[1], (3, 3, c_in, c_out), jnp.float64)
     assert winograd.applies(x.shape, k.shape, (1, 1), pads)
     theirs = _with_gradients(lambda x, k: _native(x, k, (1, 1), pads), x, k, keys[2])
     dy = jax.random.normal(keys[2], theirs[0].shape, jnp.float64)
-    direct = jax.jit(winograd.conv, static_argnums=2)(x, k, pads)
-    np.testing.assert_allclose(direct, theirs[0], rtol=1e-10, atol=1e-11)
-    np.testing.assert_allclose(jax.jit(winograd.kernel_grad, static_argnums=2)(x, dy, pads),
-                               theirs[2], rtol=1e-10, atol=1e-9)
+    direct = jax.jit(winograd.kernel_grad, static_argnums=2)(x, dy, pads)
+    np.testing.assert_allclose(direct, theirs[2], rtol=1e-10, atol=1e-9)
     ours = _with_gradients(lambda x, k: ops.conv(x, k, (1, 1), pads), x, k, keys[2])
     # That it is Winograd's: the native one agrees to rounding only.
-    np.testing.assert_allclose(ours[0], direct, rtol=1e-14, atol=1e-14)
-    for a, b in zip(ours[1:], theirs[1:], strict=True):
+    np.testing.assert_allclose(ours[2], direct, rtol=1e-14, atol=1e-14)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_conv_under_vmap_equals_the_loop(x64, axes, stride):
+    """Of images, of kernels, of both; on a CPU never as a grouped convolution, which is slow."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 2, 8, 8, 4), jnp.float64)
+    k = jax.random.normal(keys[1], (3, 3, 3, 4, 5), jnp.float64)
+    x, k = (v if axis == 0 else v[0] for v, axis in zip((x, k), axes, strict=True))
+    pads, dy = ((1, 1), (1, 1)), jax.random.normal(keys[2], (2, 8 // stride, 8 // stride, 5))
+
+    def work(x, k):
+        y, backward = jax.vjp(lambda x, k: ops.conv(x, k, (stride, stride), pads), x, k)
+        return y, *backward(dy)
+
+    wide = jax.jit(jax.vmap(work, in_axes=axes))
+    one = jax.jit(work)
+    for i in range(3):
+        alone = one(*(v[i] if axis == 0 else v for v, axis in zip((x, k), axes, strict=True)))
+        for a, b in zip(jax.tree.map(lambda v, i=i: v[i], wide(x, k)), alone, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    text = wide.lower(x, k).as_text()
+    assert "convolution" in text and "feature_group_count = 1 " in text
+    assert "feature_group_count = 3" not in text and "batch_group_count = 3" not in text
+
+
+def test_conv_under_two_vmaps_equals_the_loops(x64):
+    """As a survey of every class in a sweep over seeds has it."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 3, 2, 6, 6, 4), jnp.float64)
+    k = jax.random.normal(keys[1], (2, 3, 3, 4, 5), jnp.float64)
+    conv = lambda x, k: ops.conv(x, k, (1, 1), ((1, 1), (1, 1)))  # noqa: E731
+    wide = jax.jit(jax.vmap(jax.vmap(conv, in_axes=(0, None))))(x, k)
+    for i in range(2):
+        for j in range(3):
+            np.testing.assert_allclose(wide[i, j], conv(x[i, j], k[i]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size, stride, pad, shape, batch, channels", [
@@ -97,22 +131,24 @@ def test_second_derivatives_equal_the_native_ones(x64, size, stride, pad, shape,
 
 
 def test_winograd_by_hand():
-    """A square of 1 to 16 under a kernel that takes the middle and a third of the left."""
+    """A square of 1 to 16; of its result the first pixel has slope 1, the last one 2."""
     x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
-    k = jnp.zeros((3, 3)).at[1, 1].set(1.0).at[1, 0].set(3.0).reshape(3, 3, 1, 1)
-    y = winograd.conv(x, k, ((0, 0), (0, 0)))
-    np.testing.assert_allclose(y[0, :, :, 0], [[6 + 3 * 5, 7 + 3 * 6], [10 + 3 * 9, 11 + 3 * 10]])
+    dy = jnp.array([[1.0, 0.0], [0.0, 2.0]]).reshape(1, 2, 2, 1)
+    # dk[i, j] = x[i, j] + 2 x[i + 1, j + 1]
+    np.testing.assert_allclose(winograd.kernel_grad(x, dy, ((0, 0), (0, 0)))[:, :, 0, 0],
+                               [[13, 16, 19], [25, 28, 31], [37, 40, 43]], rtol=1e-6)
 
 
 def test_winograd_in_float32_is_near_float64(x64):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (4, 8, 8, 128))
-    k = jax.random.normal(keys[1], (3, 3, 128, 64))
+    dy = jax.random.normal(keys[1], (4, 8, 8, 64))
     pads = ((1, 1), (1, 1))
-    narrow = winograd.conv(x.astype(jnp.float32), k.astype(jnp.float32), pads)
+    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    narrow = winograd.kernel_grad(x, dy, pads)
     assert narrow.dtype == jnp.float32
-    wide = _native(x.astype(jnp.float32).astype(jnp.float64),
-                   k.astype(jnp.float32).astype(jnp.float64), (1, 1), pads)
+    wide = _with_gradients(lambda x, k: _native(x, k, (1, 1), pads), x.astype(jnp.float64),
+                           jnp.zeros((3, 3, 128, 64)), keys[1])[2]
     np.testing.assert_allclose(narrow, wide, rtol=0, atol=3e-6 * float(abs(wide).max()))
 
 

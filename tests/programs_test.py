@@ -31,6 +31,32 @@ def test_another_process_need_not_compile_again(tmp_path):
     assert len(list(folder.iterdir())) >= hits[1]
 
 
+@pytest.mark.parametrize("before, version, changed, after", [
+    ("", "0.10.2", True, "--xla_cpu_experimental_ynn_fusion_type=reduce"),
+    ("--a=1", "0.10.0", True, "--a=1 --xla_cpu_experimental_ynn_fusion_type=reduce"),
+    ("--xla_cpu_experimental_ynn_fusion_type=", "0.10.2", False,
+     "--xla_cpu_experimental_ynn_fusion_type="),
+    ("--a=1", "0.11.0", False, "--a=1"),
+])
+def test_tuning_leaves_other_versions_and_the_users_choice_alone(monkeypatch, before, version,
+                                                                 changed, after):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(programs.jaxlib, "__version__", version)
+    assert programs.tune() is changed
+    assert os.environ["XLA_FLAGS"] == after
+    assert not programs.tune()  # once is enough
+
+
+def test_this_jaxlib_takes_the_tuning():
+    """In a fresh process, as XLA ends one at an option that it does not know."""
+    job = ("from awm_jax import programs; programs.tune(); import jax.numpy as jnp; "
+           "print(jnp.ones(3).sum())")
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", job], env=env, check=True, text=True,
+                          capture_output=True)
+    assert done.stdout.strip() == "3.0"
+
+
 @pytest.fixture
 def untold():
     """JAX as if nobody had said where programs are kept."""

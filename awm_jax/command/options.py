@@ -38,7 +38,7 @@ _STOPPED = "Stopped. The same command goes on from here."
 def run(prog: str, job: Callable[[], Any], *, stopped: str = _STOPPED) -> int:
     """Does the job; errors of the user's making end in one line and status 2.
 
-    What is compiled is kept on disk for the next command, see `awm_jax.programs`.
+    What is compiled is tuned, and kept on disk for the next command: `awm_jax.programs`.
 
     Args:
       prog: the command's name, which errors begin with.
@@ -49,6 +49,7 @@ def run(prog: str, job: Callable[[], Any], *, stopped: str = _STOPPED) -> int:
       The exit status: 0, 2 for an error, 130 for an interrupt.
     """
     try:
+        programs.tune()
         programs.keep()
         job()
     except KeyboardInterrupt:

@@ -1,15 +1,14 @@
 """Convolution and pooling, lowered in the form that is fast on the platform at hand.
 
-XLA:CPU runs a convolution inside a loop body 30 to 50 times slower than outside one, so on a CPU a
-convolution is shifted slices and one matrix product; on an accelerator it is the native operation.
-`jax.lax.platform_dependent` chooses while lowering, so one trace serves both.
-
-Three forms of that product. *im2col* copies the image nine times (for a 3x3 kernel), then
-multiplies by ``[9I, O]``. *Rows* copies it three times, side by side, multiplies by ``[3I, 3O]``
-and adds the three results, shifted down: a third of the copies, so it wins where images are large
-and memory traffic, not arithmetic, is what takes the time. *Winograd* (`awm_jax.models.winograd`)
-does 16 multiplications of 36; it wins wherever it applies, which is in most layers.
+On an accelerator a convolution and its gradients are the native operation. On a CPU the forward
+pass and the image's gradient are too, the latter as a plain convolution of the gradient with the
+flipped kernel: what JAX derives asks for a strided, dilated one, which XLA:CPU does 3 to 50 times
+as slowly. The kernel's gradient is matrix products: *Winograd* (`awm_jax.models.winograd`) where it
+applies, which is in most layers, else *im2col*, every receptive field copied as a row.
+`jax.lax.platform_dependent` chooses while lowering, so one trace serves all.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,65 +19,59 @@ from awm_jax.models.lowering import Pads
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
 
-# Pixels from which `rows` beats im2col: measured layer by layer on 2 cores of a Zen 3, batch 32.
-_ROWS_FROM = 256
-
-
-def _columns(x: jax.Array, kh: int, kw: int, strides: tuple[int, int], pads: Pads) -> jax.Array:
-    """Every receptive field as a row: [B, H', W', kh*kw*C]."""
-    slices = lowering.shifted(x, kh, kw, strides, pads)
-    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=-1)
-
-
-def _product_conv(x, kernel, strides, pads):
-    """Convolution as matrix products, in the fastest form."""
-    kh, kw, c_in, c_out = kernel.shape
-    if winograd.applies(x.shape, kernel.shape, strides, pads):
-        return winograd.conv(x, kernel, pads)
-    if strides == (1, 1) and kh > 1 and x.shape[1] * x.shape[2] >= _ROWS_FROM:
-        return _rows_conv(x, kernel, pads)
-    columns = _columns(x, kh, kw, strides, pads)
-    return columns @ kernel.reshape(kh * kw * c_in, c_out)
-
-
-def _padded_rows(x, kw, pads):
-    """Each pixel beside its ``kw - 1`` right neighbours: [B, H + padding, W', kw*C]."""
-    row = _columns(x, 1, kw, (1, 1), ((0, 0), pads[1]))
-    return jnp.pad(row, ((0, 0), pads[0], (0, 0), (0, 0)))
-
-
-def _rows_conv(x, kernel, pads):
-    """Convolution with stride 1: every kernel row at once, then their sum, shifted down."""
-    kh, kw, c_in, c_out = kernel.shape
-    by_row = kernel.transpose(1, 2, 0, 3).reshape(kw * c_in, kh * c_out)
-    product = _padded_rows(x, kw, pads) @ by_row
-    height = product.shape[1] - kh + 1
-    return sum(product[:, i : i + height, :, i * c_out : (i + 1) * c_out] for i in range(kh))
-
 
 def _native_conv(x, kernel, strides, pads):
     """The platform's own convolution."""
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMS)
 
 
-def _product_kernel_grad(x, kernel, dy, strides, pads):
+@functools.cache
+def _on_cpu(strides, pads):
+    """The native convolution, under `vmap` one kernel at a time.
+
+    JAX would make kernels of several networks one grouped convolution, which XLA:CPU does 4 to 12
+    times as slowly as one after the other, each of them on all cores.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def conv(x, kernel):
+        return _native_conv(x, kernel, strides, pads)
+
+    @conv.def_vmap
+    def rule(axis_size, in_batched, x, kernel):
+        x_batched, kernel_batched = in_batched
+        if kernel_batched and x_batched:
+            return lax.map(lambda each: conv(*each), (x, kernel)), True
+        if kernel_batched:
+            return lax.map(lambda each: conv(x, each), kernel), True
+        y = conv(x.reshape(-1, *x.shape[2:]), kernel)
+        return y.reshape(axis_size, -1, *y.shape[1:]), True
+
+    return conv
+
+
+def _cpu_conv(x, kernel, strides, pads):
+    """Convolution on a CPU."""
+    return _on_cpu(strides, pads)(x, kernel)
+
+
+def _cpu_input_grad(x, kernel, dy, strides, pads):
+    """d loss / d input: the stride-dilated gradient convolved with the flipped kernel."""
+    dy = lowering.dilated(dy, x.shape, kernel.shape[:2], strides, pads)
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    return _cpu_conv(dy, flipped, (1, 1), ((0, 0), (0, 0)))
+
+
+def _cpu_kernel_grad(x, kernel, dy, strides, pads):
     """d loss / d kernel: the columns, transposed, times the output's gradient."""
     kh, kw, c_in, c_out = kernel.shape
     if winograd.applies(x.shape, kernel.shape, strides, pads):
         return winograd.kernel_grad(x, dy, pads)
-    columns = _columns(x, kh, kw, strides, pads)
+    columns = jnp.concatenate(lowering.shifted(x, kh, kw, strides, pads), axis=-1)
     return (columns.reshape(-1, kh * kw * c_in).T @ dy.reshape(-1, c_out)).reshape(kernel.shape)
 
 
-def _product_input_grad(x, kernel, dy, strides, pads):
-    """d loss / d input: the stride-dilated gradient convolved with the flipped kernel."""
-    dy = lowering.dilated(dy, x.shape, kernel.shape[:2], strides, pads)
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return _product_conv(dy, flipped, (1, 1), ((0, 0), (0, 0)))
-
-
-_conv = lowering.convolution(_native_conv, _product_conv, _product_input_grad,
-                             _product_kernel_grad)
+_conv = lowering.convolution(_native_conv, _cpu_conv, _cpu_input_grad, _cpu_kernel_grad)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:

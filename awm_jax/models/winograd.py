@@ -1,7 +1,8 @@
-"""3x3 convolution on a CPU with 16 multiplications where 36 were: Winograd's F(2x2, 3x3).
+"""The gradient of a 3x3 kernel on a CPU, with 16 multiplications where 36 were.
 
-``y = A' [ (G k G') * (B' x B) ] A`` for every 4x4 square of the padded image gives 2x2 pixels of
-the result; summed over input channels, each of the 16 products is a matrix product over squares.
+Winograd's F(2x2, 3x3): ``y = A' [ (G k G') * (B' x B) ] A`` for every 4x4 square of the padded
+image gives 2x2 pixels of a convolution. So ``dk = G' [ (B' x B) * (A dy A') ] G``, summed over
+squares: each of the 16 products is a matrix product.
 
 Reference: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, 4.1.
 """
@@ -19,7 +20,7 @@ _PAIRS = ((0, 3), (1, 2))
 _ORDER = [4 * i + j for rows in _PAIRS for columns in _PAIRS for i in rows for j in columns]
 _KERNEL = np.kron(_G, _G)[_ORDER]  # [16, 9]
 
-# By CPU time on a Zen 3 it breaks even with the other forms at 16 channels (32x32 pixels, 2.1 ms
+# By CPU time on a Zen 3 it breaks even with im2col at 16 channels (32x32 pixels, 2.1 ms
 # each) and takes half to two thirds of their time with more; but it is more to compile, which small
 # work never earns back: 64 squares of 512 channels take 25 ms against 28.
 _CHANNELS_FROM = 16
@@ -28,7 +29,7 @@ _SQUARES_FROM = 256
 
 def applies(x_shape: Sequence[int], kernel_shape: Sequence[int], strides: tuple[int, int],
             pads: tuple[tuple[int, int], tuple[int, int]]) -> bool:
-    """Whether `conv` can do this convolution, and is the fastest way.
+    """Whether `kernel_grad` can do this convolution, and is the fastest way.
 
     Args:
       x_shape: ``(B, H, W, I)``.
@@ -72,12 +73,6 @@ def _image_pairs(p, axis):
     return here - after, _half(after, axis, 0) + _signs(p, axis) * _half(here, axis, 1)
 
 
-def _result(pairs, axis):
-    """``A' m``: ``m0 + m1 + m2`` and ``m1 - m2 - m3``, as phases."""
-    (outer, inner), sign = pairs, _signs(pairs[0], axis)
-    return sign * outer + _half(inner, axis, 0) + sign * _half(inner, axis, 1)
-
-
 def _result_transposed(p, axis):
     """``A y`` of phases: ``(y0, -y1)`` and ``(y0 + y1, y0 - y1)``."""
     sign = _signs(p, axis)
@@ -95,40 +90,17 @@ def _squares(x, pads):
     return _both(_image_pairs, _phases(x))
 
 
-def conv(x: jax.Array, kernel: jax.Array,
-         pads: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
-    """Stride 1, 3x3, an even number of rows and columns in the result; else as `ops.conv`.
-
-    Args:
-      x: ``[B, H, W, I]``.
-      kernel: ``[3, 3, I, O]``.
-      pads: zeros added: ``((top, bottom), (left, right))``.
-
-    Returns:
-      ``[B, H', W', O]``, in float32 within about 1e-6 of the largest value.
-
-    Example:
-      >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), ((1, 1), (1, 1)))[0, 1, 1, 0].item()
-      27.0
-    """
-    _, _, c_in, c_out = kernel.shape
-    transformed = jnp.asarray(_KERNEL, kernel.dtype) @ kernel.reshape(9, c_in * c_out)
-    transformed = transformed.reshape(4, 4, c_in, c_out)
-    batch, height, width = len(x), x.shape[1] + sum(pads[0]) - 2, x.shape[2] + sum(pads[1]) - 2
-    m = [(v @ u).reshape(2, 2, batch, height // 2, width // 2, c_out)
-         for v, u in zip(_squares(x, pads), transformed, strict=True)]
-    phases = _result([_result(m[:2], 1), _result(m[2:], 1)], 0)
-    return phases.transpose(2, 3, 0, 4, 1, 5).reshape(batch, height, width, c_out)
-
-
 def kernel_grad(x: jax.Array, dy: jax.Array,
                 pads: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
-    """The transpose of `conv` in its kernel: ``[3, 3, I, O]``.
+    """The kernel's gradient of a convolution of stride 1 with an even number of rows and columns.
 
     Args:
       x: ``[B, H, W, I]``, what was convolved.
       dy: ``[B, H', W', O]``, the gradient of the result.
-      pads: as `conv`.
+      pads: zeros added: ``((top, bottom), (left, right))``.
+
+    Returns:
+      ``[3, 3, I, O]``, in float32 within about 3e-6 of the largest value.
 
     Example:
       >>> kernel_grad(jnp.ones((1, 4, 4, 3)), jnp.ones((1, 4, 4, 8)), ((1, 1), (1, 1))).shape

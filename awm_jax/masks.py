@@ -20,7 +20,13 @@ def layer_names(weights: Weights) -> list[str]:
 
 
 def layer_of(path: Any) -> str:
-    """The slash-joined name of the layer that owns the leaf at a tree path."""
+    """The slash-joined name of the layer that owns the leaf at a tree path.
+
+    Example:
+      >>> layer_of((jax.tree_util.DictKey('block'), jax.tree_util.DictKey('conv1'),
+      ...           jax.tree_util.DictKey('kernel')))
+      'block/conv1'
+    """
     return _name(path[:-1])
 
 

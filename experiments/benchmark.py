@@ -167,7 +167,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     for saved in cells.values():
         cell = saved["cell"]
         found = {side: median(runs) for side, runs in saved["runs"].items()}
-        masked = "-" if cell["job"] == "train" else cell["layers"]
+        masked = _masked(cell)
         for side, m in found.items():
             base = found.get(_TORCH, m)
             whole = (m["seconds"] + m["first"]) / (base["seconds"] + base["first"])
@@ -178,6 +178,11 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
                 f"{m['seconds'] / base['seconds']:.2f} | {m['first']:.1f} | {whole:.2f} | "
                 f"{m['peak']:.0f} | {m['before']:.0f} |")
     return "\n".join(lines)
+
+
+def _masked(cell: dict[str, Any]) -> str:
+    """Which convolutions a job masks; 'conv' in a benchmark.json older than that choice."""
+    return "-" if cell["job"] == "train" else cell.get("layers", "conv")
 
 
 def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
@@ -194,7 +199,8 @@ def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
         axis.bar([n + 0.8 * (i + 0.5) / len(sides) - 0.4 for n, _ in at], [v for _, v in at],
                  0.8 / len(sides), label=side)
     axis.set_xticks(range(len(cells)), [
-        f"{s['cell']['job']}, {s['cell']['layers']}\n{s['cell']['arch']}, {s['cell']['batch']}"
+        f"{s['cell']['job']}, masked: {_masked(s['cell'])}\n"
+        f"{s['cell']['arch']}, {s['cell']['batch']}"
         for s in cells.values()], fontsize=8)
     axis.set_ylabel("s an epoch")
     axis.grid(axis="y", alpha=0.3)

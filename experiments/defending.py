@@ -23,7 +23,7 @@ from awm_jax.defences.survey import Survey
 from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
 from awm_jax.types import Batch
-from experiments import presets
+from experiments import presets, results
 from experiments.scene import Scene
 
 _HISTORY_IMAGES = 500  # images that Figure 4's curves are drawn from; the table uses them all
@@ -126,7 +126,7 @@ def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: 
         "before": scene.before._asdict(), "after": after._asdict(),
         "der": metrics.defence_effectiveness(scene.before, after),
         "target": scene.attack.target, "clean_indices": indices, "status": found.status.name,
-        "seconds": seconds, **told,
+        "seconds": seconds, "commit": results.commit(), **told,
     }
 
 

@@ -2,11 +2,10 @@
 
 import json
 import pathlib
-import subprocess
 from typing import Any, NamedTuple
 
 from awm_jax import metrics
-from experiments import figure_cells, table_cells, tables
+from experiments import figure_cells, results, table_cells, tables
 from experiments.table_cells import PLANS, TABLES, Cell
 
 _SCORES = ("acc", "asr", "asr_all")
@@ -51,7 +50,7 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
     Raises:
       ValueError: a damaged results.json or proportions.json.
     """
-    found, cells, commit = tables.read(runs), dict(earlier.cells), _commit()
+    found, cells, commit = tables.read(runs), dict(earlier.cells), results.commit()
     seeds = 1 + max((key[3] for run in found.values() for key in run["done"]), default=0)
     recorded = _recorded()
     for arch in sorted({run["arch"] for run in found.values()}):
@@ -65,9 +64,10 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
                    **{when: {k: round(done[when][k], 2) for k in _SCORES}
                       for when in ("before", "after")}}
             old = cells.get(key, {})
-            # The commit that a figure was rendered at first, as near as a run's own as is known.
+            # A run from before runs told their commit has that at which it was rendered first.
             same = all(old.get(k) == v for k, v in new.items())
-            cells[key] = {**new, "commit": old["commit"] if same else commit,
+            cells[key] = {**new,
+                          "commit": done.get("commit", old["commit"] if same else commit),
                           **({k: v for k, v in old.items() if k in _RECORDED} if same else {}),
                           **(_records(done) if key in recorded else {})}
     return Kept(cells, {**earlier.shares, **_shares(runs)})
@@ -126,16 +126,6 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {**{key: row[key] for key in ("network", "samples", "eps", "steps", "target")},
             "shares": [[round(share, 4) for share in seed] for seed in row["shares"]],
             "error_rate": [round(rate, 4) for rate in row["error_rate"]]}
-
-
-def _commit() -> str:
-    """Of this checkout, 'unknown' outside one."""
-    try:
-        done = subprocess.run(["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse",
-                               "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def places(plan: str, arch: str, cells: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:

@@ -94,7 +94,9 @@ def make_attack(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
 
 def _trigger_name(spec: NetworkSpec, target: int | None, surrogate: str = "") -> str:
     """A name for the cache, the same for the same trigger: how it is used does not matter."""
-    fields = [_VERSION, spec.dataset, spec.attack, target, spec.seed, *filter(None, [surrogate])]
+    # No field for a surrogate where there is none: triggers kept before it counted are found still.
+    fields = [_VERSION, spec.dataset, spec.attack, target, spec.seed, *([surrogate] if surrogate
+                                                                        else [])]
     digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]
     return f"{spec.dataset}-{spec.attack}-trigger-{digest}"
 

@@ -208,7 +208,8 @@ def _network_name(attack: str, args, dataset: Dataset) -> str:
     """Names a suspect network and its trigger by all that decides them."""
     epochs = args.epochs or presets.epochs(dataset, attack)
     network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
-    trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{args.trigger_mode}"
+    mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
+    trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{mode}"
     target = "" if args.target is None else f"/t{args.target}"
     return f"{attack}{trigger}{target}/{network}"
 

@@ -1,9 +1,11 @@
 """Results of a run: one JSON file, written whole or not at all, and its table."""
 
+import functools
 import json
 import os
 import pathlib
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -20,6 +22,18 @@ def versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(),
             "cpus": str(os.cpu_count()), **found}
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, ``-dirty`` where files differ from it, 'unknown' outside one."""
+    try:
+        done = subprocess.run(["git", "-C", str(pathlib.Path(__file__).parent), "describe",
+                               "--always", "--dirty", "--exclude", "*"],
+                              capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def about(dataset: Dataset) -> dict[str, Any]:

@@ -243,9 +243,15 @@ def deep_convolutions(arch: Arch) -> tuple[str, ...]:
     Returns:
       Slash-joined names; empty for a network without convolutions.
 
+    Raises:
+      ValueError: ``arch.name`` is no network's.
+
     Example:
       >>> deep_convolutions(Arch(name='small_vgg', num_classes=10))
       ('conv3', 'conv4', 'conv5', 'conv6')
+
+    Reference: AWM paper, Table 9, masks one layer at a time; what leaving the first layers out does
+    is in docs/results.md.
     """
     areas: dict[str, int] = {}
 

@@ -10,7 +10,7 @@ import pytest
 
 from awm_jax import losses, masks, models, projections
 from awm_jax.defences import awm_purify as awm
-from awm_jax.defences import awm_steps
+from awm_jax.defences import awm_steps, chunks
 from awm_jax.defences.survey import log_odds
 from awm_jax.types import Arch
 
@@ -44,6 +44,50 @@ def test_trigger_and_mask_gradients_equal_finite_differences(tiny64, small_batch
     total = sum((a * b).sum() for a, b in zip(
         jax.tree.leaves(jax.grad(mask_loss)(m)), jax.tree.leaves(along), strict=True))
     np.testing.assert_allclose(total, slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("own_triggers", [False, True])
+def test_a_large_batch_in_parts_makes_the_same_mask_step(tiny64, monkeypatch, own_triggers):
+    """24 images as two parts of 12, against one pass; labels and logits by turns."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.uniform(keys[0], (24, 8, 8, 3), jnp.float64)
+    delta = 0.1 * jax.random.normal(keys[1], (24, 8, 8, 3) if own_triggers else (8, 8, 3))
+    m = jax.tree.map(lambda leaf: 0.9 * leaf, masks.init(tiny64.weights))
+    classes = tiny64.arch.num_classes
+    target = (jax.nn.softmax(jax.random.normal(keys[2], (24, classes))) if own_triggers
+              else jax.random.randint(keys[3], (24,), 0, classes))
+    settings = awm.AWMConfig(variant="paper", epochs=2, gamma=0.01).resolve(24, (8, 8, 3))
+    passes = []
+    whole_loss = awm_steps.mask_loss
+
+    def watched(params, m, delta, images, *rest):
+        passes.append(len(images))
+        return whole_loss(params, m, delta, images, *rest)
+
+    monkeypatch.setattr(awm_steps, "mask_loss", watched)
+    found = jax.jit(lambda m: awm_steps._mask_gradient(tiny64, m, delta, x, target, settings, 0.8)
+                    )(m)
+    assert set(passes) == {12}
+    expected = jax.grad(
+        lambda m: whole_loss(tiny64, m, delta, x, target, settings, 0.8), has_aux=True)(m)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count, size, parts", [
+    (128, 16, [16]), (24, 16, [12]), (16, 16, [16]), (7, 16, [7]),
+    (43, 16, [43]),  # no divisor of at least half the size: everything at once
+])
+def test_parts_are_equal_and_not_too_small(count, size, parts):
+    seen = []
+
+    def fun(x):
+        seen.append(len(x))
+        return x.mean()
+
+    found = chunks.mean(fun, [jnp.arange(float(count))], size)
+    np.testing.assert_allclose(found, (count - 1) / 2, rtol=1e-6)
+    assert sorted(set(seen)) == parts
 
 
 def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):

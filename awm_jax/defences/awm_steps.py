@@ -9,9 +9,12 @@ import optax
 from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
+from awm_jax.defences import chunks
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.survey import Survey, objective, survey
 from awm_jax.types import Arch, Masks, Params
+
+_PART = 16  # images of a mask step whose activations a CPU holds at once
 
 
 class AWMState(NamedTuple):
@@ -112,6 +115,21 @@ def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
         projections.l1_norm(delta) / (len(images) if delta.ndim == 4 else 1),
     )
     return total, info
+
+
+def _mask_gradient(params, masks, delta, images, target, settings, alpha):
+    """The gradient of `mask_loss` and its info; on a CPU a large batch in parts, to save memory.
+
+    BatchNorm's statistics rest, so the parts make the same step.
+    """
+    def slopes(images, target, *own):
+        def loss(m):
+            return mask_loss(params, m, own[0] if own else delta, images, target, settings, alpha)
+
+        return jax.grad(loss, has_aux=True)(masks)
+
+    each = (images, target, delta) if delta.ndim == 4 else (images, target)
+    return chunks.mean(slopes, each, _PART if jax.default_backend() == "cpu" else len(images))
 
 
 def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
@@ -249,8 +267,8 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
             delta = _replayed(key_replay, delta, triggers, epoch, settings)
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
-        gradients, info = jax.grad(
-            lambda m: mask_loss(params, m, delta, x, target, settings, alpha), has_aux=True)(masks)
+
+        gradients, info = _mask_gradient(params, masks, delta, x, target, settings, alpha)
         updates, opt_state = optimiser.update(gradients, opt_state, masks)
         stepped = masking.clip(optax.apply_updates(masks, updates))
         if settings.monotone:

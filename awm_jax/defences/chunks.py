@@ -1,6 +1,6 @@
-"""A function of images over a data set too large for one batch."""
+"""A function of images over more of them than one pass should hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,3 +34,33 @@ def over_images(fun: Callable[[jax.Array], Any], images: jax.Array, size: int = 
 
     out = jax.lax.map(one, order)
     return jax.tree.map(lambda leaf: leaf.reshape(steps * even, *leaf.shape[2:])[:count], out)
+
+
+def mean(fun: Callable[..., Any], batch: Sequence[jax.Array], size: int) -> Any:
+    """``fun(*batch)`` of a function that averages over its images, from equal parts of them.
+
+    ``1/P sum_p fun(*part_p)``: the memory of one part, and the same result but for rounding.
+
+    Args:
+      fun: arrays ``[b, ...]`` to a tree of floats, each a mean over b, or independent of it.
+      batch: arrays ``[B, ...]``, B >= 1.
+      size: most images a part, >= 1; parts are as large as a divisor of B allows, and of at least
+        half that size, else everything is one part.
+
+    Returns:
+      The tree.
+
+    Example:
+      >>> mean(lambda x: {'mean': x.mean(), 'parts': len(x) + 0.0}, [jnp.arange(6.)], 4)
+      {'mean': Array(2.5, dtype=float32), 'parts': Array(3., dtype=float32)}
+    """
+    count = len(batch[0])
+    even = max(n for n in range(1, min(size, count) + 1) if count % n == 0)
+    if even == count or 2 * even < size:
+        return fun(*batch)
+    parts = [v.reshape(count // even, even, *v.shape[1:]) for v in batch]
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                         jax.eval_shape(fun, *(v[0] for v in parts)))
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, fun(*part)), None), start, parts)
+    return jax.tree.map(lambda leaf: leaf / (count // even), total)

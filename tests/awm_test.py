@@ -10,7 +10,7 @@ import pytest
 import awm_jax
 from awm_jax import masks, models
 from awm_jax.defences import awm_purify as awm
-from awm_jax.defences import awm_steps
+from awm_jax.defences import awm_spare, awm_steps
 from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
@@ -263,6 +263,40 @@ def test_the_first_resolution_is_masked_against_all_to_all_alone(tiny, small_bat
         state, _ = step(jax.random.key(0), state, tiny, x, y, settings)
         found = masks.by_layer(state.masks)
         assert [name for name, m in found.items() if (m != 1).any()] == moved
+
+
+@pytest.mark.parametrize("all_to_all", [False, True])
+def test_a_known_survey_spares_work_and_changes_nothing(tiny64, small_batch, all_to_all):
+    """Two epochs either way, in float64, as Adam's first steps make much of a gradient's sign."""
+    settings = _config("distilled", epochs=2).resolve(6, tiny64.arch.image_shape)
+    x, y = jnp.asarray(small_batch.images, jnp.float64), jnp.asarray(small_batch.labels)
+    found = jax.jit(awm_steps.look, static_argnames="settings")(
+        jax.random.key(0), tiny64, x, y, settings)
+    found = found._replace(stay=jnp.array(0.0 if all_to_all else 1.0), kept=jnp.array(4.0))
+    assert (int(found.suspect) == tiny64.arch.num_classes) == all_to_all
+    known = awm_spare.after_survey(settings, found, tiny64.arch)
+    assert (known.spare, known.spared) == (not all_to_all, not all_to_all)
+    epochs = jax.jit(awm_steps.epochs, static_argnames=("settings", "length"))
+    ends = [epochs(jax.random.key(0), awm_steps.init(tiny64, settings, found), tiny64, x, y, s, 2)
+            for s in (settings, known)]
+    for a, b in zip(*(jax.tree.leaves((state.masks, info)) for state, info in ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    assert (ends[1][0].masks["conv1"]["kernel"] == 1).all() != all_to_all
+    assert (ends[1][0].masks["conv2"]["kernel"] != 1).any()
+
+
+def test_spared_layers_are_not_derived(tiny, small_batch):
+    """Their kernel's gradients, a product of patches each, are gone from the mask step."""
+    settings = _config("distilled", epochs=1).resolve(6, tiny.arch.image_shape)
+    x, y = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    state = awm_steps.init(tiny, settings)
+
+    def flops(settings):
+        lowered = jax.jit(awm_steps.step, static_argnames="settings").lower(
+            jax.random.key(0), state, tiny, x, y, settings)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert flops(awm_spare.after_survey(settings, None, tiny.arch)) < 0.95 * flops(settings)
 
 
 def test_deep_masks_are_those_of_the_deep_convolutions(tiny):

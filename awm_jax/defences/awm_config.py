@@ -24,6 +24,7 @@ class Settings:
       layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
       spare: masks of convolutions at the first resolution stay 1, unless the survey suspects an
         all-to-all backdoor.
+      spared: it is known that it does not, so their gradients are left out; `purify` finds out.
       objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network).
       inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
       normalised: divide each trigger gradient by its L2 norm.
@@ -59,6 +60,7 @@ class Settings:
     decay_epoch: int
     layers: str | tuple[str, ...]
     spare: bool
+    spared: bool
     objective: str
     inner_target: str
     normalised: bool
@@ -251,7 +253,8 @@ class AWMConfig:
             values.setdefault("inner_steps", steps)
             values.setdefault("outer_steps", steps)
         decay = values["epochs"] if self.variant == "official" else max(1, values["epochs"] // 2)
-        return Settings(**values, decay_epoch=decay, flip=self.flip, copies=self.copies)
+        return Settings(**values, decay_epoch=decay, flip=self.flip, copies=self.copies,
+                        spared=False)
 
 
 def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from awm_jax import masks as masking
 from awm_jax import validate
-from awm_jax.defences import awm_steps
+from awm_jax.defences import awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.awm_steps import AWMInfo, AWMState
 from awm_jax.defences.base import Status, agreement, finite_weights
@@ -101,6 +101,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     if settings.survey_steps and found is None:
         found = _jit_look(key, params, images, labels, settings)
     state, infos = _jit_init(params, settings, found), []
+    settings = awm_spare.after_survey(settings, found, params.arch)
     for done in range(every, settings.epochs + 1, every):
         last = state
         state, info = _jit_epochs(key, state, params, images, labels, settings, every)

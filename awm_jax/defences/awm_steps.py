@@ -9,10 +9,10 @@ import optax
 from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
-from awm_jax.defences import chunks
+from awm_jax.defences import awm_spare, chunks
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.survey import Survey, objective, survey
-from awm_jax.types import Arch, Masks, Params
+from awm_jax.types import Masks, Params
 
 _PART = 16  # images of a mask step whose activations a CPU holds at once
 
@@ -124,6 +124,7 @@ def _mask_gradient(params, masks, delta, images, target, settings, alpha):
     """
     def slopes(images, target, *own):
         def loss(m):
+            m = awm_spare.held(m, params.arch) if settings.spared else m
             return mask_loss(params, m, own[0] if own else delta, images, target, settings, alpha)
 
         return jax.grad(loss, has_aux=True)(masks)
@@ -273,21 +274,11 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
         stepped = masking.clip(optax.apply_updates(masks, updates))
         if settings.monotone:
             stepped = jax.tree.map(jnp.minimum, stepped, masks)
-        if settings.spare:
-            stepped = _spared(stepped, masks, all_to_all, params.arch)
+        if settings.spare and not settings.spared:
+            stepped = awm_spare.spared(stepped, masks, all_to_all, params.arch)
         return (stepped, opt_state), info
 
     return bilevel.Problem(start, ascend, settle, descend)
-
-
-def _spared(stepped: Masks, masks: Masks, move_all: jax.Array, arch: Arch) -> Masks:
-    """The masks after a step, those at the first resolution as before it unless all may move."""
-    deep = models.deep_convolutions(arch)
-
-    def chosen(path, new, old):
-        return new if not deep or masking.layer_of(path) in deep else jnp.where(move_all, new, old)
-
-    return jax.tree_util.tree_map_with_path(chosen, stepped, masks)
 
 
 def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

@@ -1,4 +1,4 @@
-"""AWM's default masks the convolutions at the first resolution against all-to-all backdoors only."""
+"""AWM's default masks convolutions at the first resolution against all-to-all backdoors only."""
 
 import dataclasses
 

@@ -3,8 +3,9 @@
 On an accelerator a convolution and its gradients are the native operation. On a CPU the forward
 pass and the image's gradient are too, the latter as a plain convolution of the gradient with the
 flipped kernel: XLA:CPU does those that JAX derives up to 16 times as slowly. The kernel's gradient,
-which it does 70 and more times as slowly, is matrix products: *Winograd* (`awm_jax.models.winograd`)
-where it applies, which is in most layers, else *im2col*, every receptive field copied as a row.
+which it does 70 and more times as slowly, is matrix products: *Winograd*
+(`awm_jax.models.winograd`) where it applies, which is in most layers, else *im2col*, every
+receptive field copied as a row.
 `jax.lax.platform_dependent` chooses while lowering, so one trace serves all.
 """
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from importlib import metadata
 from typing import Any
 
@@ -215,7 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     versions = {**results.versions(), "torch": _torch_version()}
     sides = [_TORCH, _OURS, *([_COMPILED] if args.torch_compile else [])]
     bar = Progress("measuring", len(cells) * args.reps * len(sides))
-    done, load = 0, os.getloadavg()[0]
+    done, load = 0, _load()
     for cell in cells:
         saved = kept.setdefault(_name(cell, args.threads), {
             "cell": vars(cell), "threads": args.threads, "load": load, "runs": {}})
@@ -236,6 +237,26 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
               "PyTorch's threads suffer more. Run again when it is idle, with another --out.")
     print(f"Everything is in {args.out}/ (benchmark.json, benchmark.md, benchmark.png).")
     return kept
+
+
+def _load() -> float:
+    """How many cores others use now: over a second where /proc/stat is, otherwise over a minute.
+
+    The average of a minute remembers this command's last start, which is no other job.
+    """
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return os.getloadavg()[0]
+    before = _jiffies(stat.read_text())
+    time.sleep(1.0)
+    idle, total = (b - a for a, b in zip(before, _jiffies(stat.read_text()), strict=True))
+    return (os.cpu_count() or 1) * (1 - idle / max(total, 1))
+
+
+def _jiffies(stat: str) -> tuple[int, int]:
+    """Idle (waiting for a disk too) and all time since the start, of /proc/stat's first line."""
+    fields = [int(field) for field in stat.splitlines()[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)
 
 
 def _earlier(path: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ PRESETS = {
                      paper_copies=0, ft_sam_rho=2.0),
     "gtsrb": Preset(epochs=4, surrogate_epochs=2, batch_size=32, crop=2, peak_lr=2e-3,
                     paper_copies=0, ft_sam_rho=8.0),
-    "cifar10": Preset(epochs=30, surrogate_epochs=8, batch_size=128, crop=4, peak_lr=3e-3,
+    "cifar10": Preset(epochs=15, surrogate_epochs=4, batch_size=128, crop=4, peak_lr=3e-3,
                       paper_copies=9, ft_sam_rho=2.0),
     "mnist": Preset(epochs=4, surrogate_epochs=1, batch_size=128, crop=2, peak_lr=3e-3,
                     paper_copies=0, ft_sam_rho=2.0),

@@ -119,3 +119,10 @@ def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_side_that_fails_is_named():
     with pytest.raises(ValueError, match=r"awm_jax failed at Cell\(.*KeyError: 'no_such_job'"):
         benchmark._measure("awm_jax", Cell(job="no_such_job", arch="small_vgg", **SMALL), 1)
+
+
+def test_idle_time_by_hand():
+    """Fields: user, nice, system, idle, iowait, irq, softirq, steal; guest time is user's again."""
+    stat = "cpu  10 1 2 100 5 0 1 3 4 4\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    assert benchmark._jiffies(stat) == (105, 122)
+    assert 0 <= benchmark._load()

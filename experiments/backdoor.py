@@ -9,8 +9,7 @@ import argparse
 import pathlib
 import sys
 
-from awm_jax import data
-from experiments import cli, results, scene
+from experiments import cli, networks, results, scene
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of networks.json."""
     dataset = cli.load(args)
     scene.check(args, dataset)
-    cache = data.cache_directory() / "networks"
+    cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"backdoor-{dataset.name}-{args.arch}"
     rows: list[dict] = []
     for name in args.attack:

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from awm_jax import data, detection
+from awm_jax import detection
 from awm_jax.defences import AWMConfig
-from experiments import cli, results, scene
+from experiments import cli, networks, results, scene
 
 _LEARNT = 50.0  # ASR in percent: below it a network has hardly a backdoor to be found
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     if args.checkpoint is not None:
         raise ValueError("Expected no --checkpoint: `python -m awm_jax scan` scans one network.")
     scene.check(args, dataset, (args.samples,))
-    cache = data.cache_directory() / "networks"
+    cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
     rows: list[dict] = []
     wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 
-from awm_jax import data
 from awm_jax.report import pictures
 from experiments import cli, networks, scene
 
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, np.ndarray]:
     _, first = np.unique(dataset.test_labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(args.images, len(first))).astype(int)]
     images = dataset.test_images[chosen].astype(np.float32) / 255.0
-    triggered, cache = {}, data.cache_directory() / "networks"
+    triggered, cache = {}, networks.directory()
     for name in args.attack:
         attack, spec = scene.attack_of(name, args, dataset, cache)
         attack = networks.learnt(spec, dataset, cache, attack)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from awm_jax import attacks, checkpoint, training
+from awm_jax import attacks, checkpoint, data, training
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset
 from awm_jax.progress import Progress, waiting
@@ -18,6 +18,11 @@ from awm_jax.types import Arch, Params
 from experiments import presets
 
 _VERSION = 2  # raise it when training or triggers change, so that stale networks are not reused
+
+
+def directory() -> pathlib.Path:
+    """Where networks and trained triggers are kept."""
+    return data.cache_directory() / "networks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from awm_jax import data, metrics
+from awm_jax import metrics
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cli, defending, hosts, presets, results, scene, sweeping
+from experiments import cli, defending, hosts, networks, presets, results, scene, sweeping
 from experiments.sweeping import Cell
 
 
@@ -162,17 +162,12 @@ def _stage(args, dataset: Dataset, folder: pathlib.Path, book: _Book,
     @functools.lru_cache(maxsize=None if keep else 1)
     def stage(attack: str) -> scene.Scene:
         on_stage = dataclasses.replace(
-            scene.make(attack, args, dataset, _networks()),
+            scene.make(attack, args, dataset, networks.directory()),
             measured=book.before(_network_name(attack, args, dataset)))
         defending.show_attack(on_stage, folder)
         return on_stage
 
     return stage
-
-
-def _networks() -> pathlib.Path:
-    """Where networks are kept."""
-    return data.cache_directory() / "networks"
 
 
 def _train(attacks: tuple[str, ...], left: list[Cell], args, dataset: Dataset) -> None:
@@ -182,7 +177,7 @@ def _train(attacks: tuple[str, ...], left: list[Cell], args, dataset: Dataset) -
     needed = {cell.attack for cell in left}
     for attack in hosts.turns(attacks):
         if attack in needed:
-            scene.make(attack, args, dataset, _networks())
+            scene.make(attack, args, dataset, networks.directory())
     hosts.wait("networks")
 
 

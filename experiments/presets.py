@@ -71,11 +71,11 @@ def of(dataset: Dataset) -> Preset:
     return _of_folder(dataset) if kind == "folder" else PRESETS[kind]
 
 
-def epochs(dataset: Dataset, attack: str | None) -> int:
+def epochs(dataset: Dataset | str, attack: str | None) -> int:
     """How long the network that carries an attack trains unless told otherwise.
 
     Args:
-      dataset: its data.
+      dataset: its data, or a key of `PRESETS`.
       attack: its name; None for a network without a backdoor.
 
     Returns:
@@ -86,7 +86,8 @@ def epochs(dataset: Dataset, attack: str | None) -> int:
       >>> epochs(data.load('digits'), 'badnets'), epochs(data.load('digits'), 'badnets_a2a')
       (12, 36)
     """
-    return of(dataset).epochs * (_LONGER.get(attack, 1) if attack else 1)
+    preset = PRESETS[dataset] if isinstance(dataset, str) else of(dataset)
+    return preset.epochs * (_LONGER.get(attack, 1) if attack else 1)
 
 
 def _of_folder(dataset: Dataset) -> Preset:

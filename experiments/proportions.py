@@ -13,10 +13,9 @@ import sys
 import jax
 import numpy as np
 
-from awm_jax import data
 from awm_jax.defences.anp import prediction_proportions
 from awm_jax.report import figures
-from experiments import cli, pages, results, scene
+from experiments import cli, networks, pages, results, scene
 from experiments.scene import Scene
 
 
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of proportions.json."""
     dataset = cli.load(args)
     scene.check(args, dataset, args.samples)
-    cache = data.cache_directory() / "networks"
+    cache = networks.directory()
     rows: list[dict] = []
     for attack in args.attack:
         attacked = scene.make(attack, args, dataset, cache)

@@ -188,20 +188,33 @@ def rate(name: str, args) -> float:
     return attacks.poison_rate(name) if args.poison_rate is None else args.poison_rate
 
 
+def planned(name: str, args, dataset: Dataset | str) -> networks.NetworkSpec:
+    """How the network that carries an attack is trained; not where a picture is its trigger.
+
+    Args:
+      name: the attack, a key of `awm_jax.attacks.ATTACKS`.
+      args: as `experiments.cli.parser` gives them.
+      dataset: the data, or a key of `presets.PRESETS`.
+
+    Returns:
+      `networks.NetworkSpec`.
+    """
+    return networks.NetworkSpec(
+        dataset=dataset if isinstance(dataset, str) else dataset.name, arch=args.arch,
+        attack=name if args.target is None else f"{name}-{args.target}", rate=rate(name, args),
+        epochs=args.epochs or presets.epochs(dataset, name), seed=args.network_seed)
+
+
 def attack_of(name: str, args, dataset: Dataset,
               cache: pathlib.Path) -> tuple[Attack, networks.NetworkSpec]:
     """An attack as the command wants it, and how its network is trained."""
-    spec = networks.NetworkSpec(
-        dataset=dataset.name, arch=args.arch, attack=name, rate=rate(name, args),
-        epochs=args.epochs or presets.epochs(dataset, name), seed=args.network_seed)
+    spec = planned(name, args, dataset)
     if args.trigger is not None:
         attack = _pictured(args, dataset)
         mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
         return attack, dataclasses.replace(spec, attack=f"{attack.name}-{mode}-{args.target}")
-    attack = networks.make_attack(spec, dataset, cache, args.target)
-    if args.target is not None:
-        spec = dataclasses.replace(spec, attack=f"{name}-{args.target}")
-    return attack, spec
+    of_any_target = dataclasses.replace(spec, attack=name)
+    return networks.make_attack(of_any_target, dataset, cache, args.target), spec
 
 
 def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import data, explain, metrics
+from awm_jax import explain, metrics
 from awm_jax.attacks import Attack
 from awm_jax.data import Dataset, splits
 from awm_jax.defences import DEFENCES, chunks
@@ -25,7 +25,7 @@ from awm_jax.defences.ac import features
 from awm_jax.progress import waiting
 from awm_jax.report import explanations
 from awm_jax.types import Params
-from experiments import cli, defending, results, scene, watching
+from experiments import cli, defending, networks, results, scene, watching
 from experiments.scene import Scene
 
 _BATCH = 256  # clean images of a gradient, as many as FT-SAM's batches have
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     _check(args, dataset)
     rows: list[dict[str, Any]] = []
     for attack in args.attack:
-        rows.append(show(scene.make(attack, args, dataset, data.cache_directory() / "networks"),
+        rows.append(show(scene.make(attack, args, dataset, networks.directory()),
                          args))
         print(_summary(rows[-1]), flush=True)
         results.write_json(args.out / "visualise.json", {

@@ -9,10 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from awm_jax import attacks, metrics
+from awm_jax import attacks, data, metrics
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cli, defending, figure_cells, report, table_cells, tables
+from experiments import (
+    cli,
+    defending,
+    figure_cells,
+    networks,
+    report,
+    scene,
+    table_cells,
+    tables,
+)
 from experiments.table_cells import PLANS, TABLES
 
 
@@ -21,8 +30,9 @@ def _scores(acc, asr):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, tmp_path):
     """Purifications asked of `oneshot.run`, which here writes the same for all at once."""
+    monkeypatch.setenv("AWM_CACHE_DIR", str(tmp_path / "cache"))
     calls = []
 
     def run(args):
@@ -237,9 +247,10 @@ def test_what_would_end_after_the_budget_is_not_begun(tmp_path, asked, capsys):
     some = ["--tables", "awm8", "--defence", "ibau", "--seeds", "1"]
     assert _run(tmp_path, *some, "--budget", "1") == 0  # each would train a network first
     assert asked == [] and "24 purifications are missing" in capsys.readouterr().out
-    assert _run(tmp_path, *some, "--budget", "21") == 0
-    assert len(asked) == 18 and not any("/5000/" in name for name in asked)  # half an hour
-    assert "6 purifications are missing" in capsys.readouterr().out
+    assert _run(tmp_path, *some, "--budget", "8") == 0  # 7.3 minutes for most, thrice for one
+    assert len(asked) == 15 and not any("_a2a/" in name for name in asked)
+    assert not any("/5000/" in name for name in asked)  # half an hour
+    assert "9 purifications are missing" in capsys.readouterr().out
 
 
 def test_numbers_of_images_can_be_chosen(tmp_path, asked, capsys):
@@ -248,16 +259,34 @@ def test_numbers_of_images_can_be_chosen(tmp_path, asked, capsys):
     assert {name.split("/")[2] for name in asked} == {"one-shot", "500"} and len(asked) == 12
 
 
+def _options(tmp_path):
+    return tables._parser().parse_args(["--runs", str(tmp_path / "runs")])
+
+
 def test_estimates_are_what_cells_like_them_took(tmp_path, asked):
     _run(tmp_path, "--tables", "awm8", "--defence", "ibau", "--seeds", "1", "--budget", "1e6")
-    estimates = tables.Estimates(tables.read(tmp_path / "runs"), tmp_path / "runs")
+    estimates = tables.Estimates(tables.read(tmp_path / "runs"), _options(tmp_path))
     cell = next(c for c in table_cells.cells(("awm8",), 1) if c.column.defence == "ibau")
     assert estimates.of(cell) == 100.0
     estimates.add(cell, 400.0)
     assert estimates.of(cell) == 100.0  # the median of seven
     other = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "ibau")
     assert estimates.of(other) == 22.0
-    assert estimates.total([other, other]) == 2 * 22.0 + 7200.0  # one network
+    assert estimates.total([other, other]) == 2 * 22.0 + 15 * 145.0  # one network
+
+
+def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, monkeypatch):
+    """What `scene.make` asks the cache for is what an estimate looks for there."""
+    cell = next(table_cells.cells(("awm2",), 1))._replace(
+        dataset="digits", arch="tiny_cnn", network=("--target", "1", "--epochs", "2"))
+    options = _options(tmp_path)
+    options.digits_dir = None
+    estimates = tables.Estimates({}, options)
+    monkeypatch.setitem(tables._TRAINING, "digits", 10.0)
+    untrained = estimates.total([cell])
+    args = cli.parser().parse_args(tables._arguments(cell, options))
+    scene.make(cell.attack, args, data.load("digits"), networks.directory())
+    assert estimates.total([cell]) == untrained - 2 * 10.0
 
 
 def test_report_by_hand(tmp_path, asked, capsys):

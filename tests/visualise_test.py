@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awm_jax import defences, explain, metrics
+from awm_jax import data, defences, explain, metrics
+from awm_jax.data import splits
 from awm_jax.report import explanations
 from experiments import visualise, watching
 
@@ -63,8 +64,8 @@ def test_bad_input_is_refused_before_any_work(tiny_dataset, monkeypatch, capsys,
 
 def test_images_of_the_attackers_class_alone_are_refused(tiny_dataset, monkeypatch, capsys):
     monkeypatch.setattr(visualise.scene, "make", lambda *_: pytest.fail("work was begun"))
-    dataset = visualise.data.load("digits")
-    first = dataset.test_labels[visualise.splits.defender_split(dataset).eval_indices[0]]
+    dataset = data.load("digits")
+    first = dataset.test_labels[splits.defender_split(dataset).eval_indices[0]]
     assert visualise.main([*ARGV, "--images", "1", "--target", str(first)]) == 2
     assert "got 1 of it. Raise --images." in capsys.readouterr().err
 

@@ -33,8 +33,10 @@ class Scores(NamedTuple):
 
 @jax.jit
 def _predict(params: Params, images: jax.Array) -> jax.Array:
-    """Most likely class of float images."""
-    return models.apply(params, images).argmax(axis=1)
+    """Most likely class of float images; on a CPU in float32, as others will run the network."""
+    told = jax.config.jax_default_matmul_precision
+    with jax.default_matmul_precision(None if told == "bfloat16" else told):
+        return models.apply(params, images).argmax(axis=1)
 
 
 def predict(params: Params, images: np.ndarray | jax.Array, *,

@@ -1,7 +1,8 @@
 """Ours beside the same algorithms in PyTorch: time, compile time, memory.
 
     python -m experiments.benchmark [--job purify,train,sweep] [--arch small_vgg,resnet18]
-        [--batch 16,32] [--epochs 10] [--reps 5] [--torch_compile] [--device cpu|gpu]
+        [--batch 16,32] [--precision all] [--epochs 10] [--reps 5] [--torch_compile]
+        [--device cpu|gpu]
 
 Every run is a process of its own, the sides take turns, and the median counts. Needs PyTorch
 (``pip install -e '.[torch]'``). Stopped and started again, it goes on.
@@ -20,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from awm_jax import programs
 from awm_jax.command.options import OneLine, positive
 from awm_jax.progress import Progress
 from experiments import cli, results
-from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, Cell
+from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, PRECISIONS, Cell
 
+_FLAGS = os.environ.get("XLA_FLAGS", "")  # before this process tunes them for itself
 _OURS, _TORCH, _COMPILED = "awm_jax", "PyTorch", "torch.compile"
 
 
@@ -53,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=cli.several(LAYERS, "choice of layers"), default=("conv",),
                    help="which convolutions are masked: conv (all of them), deep (those below the "
                    "first resolution), or all for both (default: conv)")
+    p.add_argument("--precision", type=cli.several(PRECISIONS, "precision"), default=("float32",),
+                   help="of convolutions: float32, bfloat16 (PyTorch under autocast), or all for "
+                   "both (default: float32)")
     p.add_argument("--epochs", type=positive,
                    help="epochs timed (default: 10 of purifying, 1 of training)")
     p.add_argument("--images", type=positive,
@@ -85,8 +91,10 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
                 found += [Cell(
                     job=job, arch=arch, batch=batch, images=images, device=args.device,
                     epochs=args.epochs or (1 if job == "train" else 10),
-                    seeds=args.seeds if job == "sweep" else 1, layers=layers)
-                    for layers in (("conv",) if job == "train" else args.layers)]
+                    seeds=args.seeds if job == "sweep" else 1, layers=layers,
+                    precision=precision)
+                    for layers in (("conv",) if job == "train" else args.layers)
+                    for precision in args.precision]
     return found
 
 
@@ -111,6 +119,8 @@ def one(side: str, cell: Cell, threads: int) -> dict[str, float]:
 
         from experiments import benchmark_jax
 
+        programs.tune(cell.precision)
+
         if jax.default_backend() != cell.device:
             raise ValueError(f"Expected JAX to run on a {cell.device}, it runs on a "
                              f"{jax.default_backend()}. See requirements-cuda.txt, or --device.")
@@ -129,7 +139,7 @@ def _measure(side: str, cell: Cell, threads: int) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-m", "experiments.benchmark", "--side", side, "--threads", str(threads),
          "--cell", json.dumps(vars(cell))], capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0",
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0", "XLA_FLAGS": _FLAGS,
              **({"JAX_PLATFORMS": "cpu"} if cell.device == "cpu" else {})})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -162,23 +172,38 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     Returns:
       The table; a ratio under 1 means that ours is faster.
     """
-    lines = ["| job | network | batch | masked | side | runs | s | s an epoch | ratio to PyTorch "
-             "| compiling, or first epoch, s | with that, ratio | peak MiB | before the job |",
-             "|" + "---|" * 13]
+    lines = ["| job | network | batch | masked | precision | side | runs | s | s an epoch | ratio to "
+             "PyTorch | to its float32 | compiling, or first epoch, s | with that, ratio "
+             "| peak MiB | before the job |", "|" + "---|" * 15]
     for saved in cells.values():
         cell = saved["cell"]
         found = {side: median(runs) for side, runs in saved["runs"].items()}
-        masked = _masked(cell)
+        full = _seconds(cells, {**cell, "precision": "float32"})
         for side, m in found.items():
             base = found.get(_TORCH, m)
             whole = (m["seconds"] + m["first"]) / (base["seconds"] + base["first"])
             each = m["seconds"] / cell["epochs"] / cell["seeds"]
             lines.append(
-                f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {masked} | {side} | "
-                f"{len(saved['runs'][side])} | {m['seconds']:.1f} | {each:.3f} | "
-                f"{m['seconds'] / base['seconds']:.2f} | {m['first']:.1f} | {whole:.2f} | "
-                f"{m['peak']:.0f} | {m['before']:.0f} |")
+                f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {_masked(cell)} | "
+                f"{_precision(cell)} | {side} | {len(saved['runs'][side])} | {m['seconds']:.1f} | "
+                f"{each:.3f} | {m['seconds'] / base['seconds']:.2f} | "
+                f"{'-' if full is None else format(m['seconds'] / full, '.2f')} | "
+                f"{m['first']:.1f} | {whole:.2f} | {m['peak']:.0f} | {m['before']:.0f} |")
     return "\n".join(lines)
+
+
+def _seconds(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> float | None:
+    """Eager PyTorch's median at a cell, None where it was not measured."""
+    for saved in cells.values():
+        same = {**saved["cell"], "precision": _precision(saved["cell"])} == wanted
+        if same and _TORCH in saved["runs"]:
+            return median(saved["runs"][_TORCH])["seconds"]
+    return None
+
+
+def _precision(cell: dict[str, Any]) -> str:
+    """Of a cell; 'float32' in a benchmark.json older than that choice."""
+    return cell.get("precision", "float32")
 
 
 def _masked(cell: dict[str, Any]) -> str:
@@ -201,7 +226,7 @@ def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
                  0.8 / len(sides), label=side)
     axis.set_xticks(range(len(cells)), [
         f"{s['cell']['job']}, masked: {_masked(s['cell'])}\n"
-        f"{s['cell']['arch']}, {s['cell']['batch']}"
+        f"{s['cell']['arch']}, {s['cell']['batch']}\n{_precision(s['cell'])}"
         for s in cells.values()], fontsize=8)
     axis.set_ylabel("s an epoch")
     axis.grid(axis="y", alpha=0.3)

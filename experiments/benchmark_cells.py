@@ -8,6 +8,7 @@ import numpy as np
 JOBS = ("purify", "train", "sweep")
 ARCHS = ("small_vgg", "resnet18")
 LAYERS = ("conv", "deep")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Cell:
       layers: which convolutions are masked: 'conv' (all, as in the paper) or 'deep' (those
         below the first resolution).
       device: 'cpu' or 'gpu'.
+      precision: 'float32' or 'bfloat16': of convolutions (ours), of whatever `torch.autocast`
+        rounds (theirs); weights, masks and sums are float32 on both sides.
     """
 
     job: str
@@ -39,6 +42,7 @@ class Cell:
     seeds: int = 1
     layers: str = "conv"
     device: str = "cpu"
+    precision: str = "float32"
 
 
 class Times(NamedTuple):

@@ -2,7 +2,8 @@
 
 Channels-last tensors; clean predictions once an epoch; no gradient of weights while the trigger
 moves, and weights masked once for all of its steps; one forward pass for the clean and the
-triggered images of a mask step. ``compile`` gives each forward pass to `torch.compile`.
+triggered images of a mask step. ``compile`` gives each forward pass to `torch.compile`; in
+bfloat16 each is under `torch.autocast`, weights and everything outside it stay float32.
 """
 
 import resource
@@ -90,6 +91,11 @@ def _device(cell: Cell) -> torch.device:
     return torch.device("cuda" if cell.device == "gpu" else "cpu")
 
 
+def _autocast(cell: Cell) -> torch.autocast:
+    """Where a forward pass computes in bfloat16, if it should."""
+    return torch.autocast(_device(cell).type, torch.bfloat16, enabled=cell.precision == "bfloat16")
+
+
 def _wait(cell: Cell) -> None:
     """Until the device is done."""
     if cell.device == "gpu":
@@ -142,7 +148,8 @@ class _Purifier:
             self.optimiser, [max(1, cell.epochs // 2)], 0.1)
 
         def forward(weights, x):
-            return torch.func.functional_call(net, {**weights, **self.rest}, (x,))
+            with _autocast(cell):
+                return torch.func.functional_call(net, {**weights, **self.rest}, (x,)).float()
 
         self.forward = torch.compile(forward) if compiled else forward
 
@@ -242,7 +249,9 @@ def train(cell: Cell, compiled: bool) -> Times:
         order, losses = torch.randperm(len(x_all), device=device), []
         for picks in order[: steps * cell.batch].split(cell.batch):
             x = _cropped(x_all[picks].float() / 255, 4)
-            loss = F.cross_entropy(forward(x), y_all[picks])
+            with _autocast(cell):
+                logits = forward(x)
+            loss = F.cross_entropy(logits.float(), y_all[picks])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

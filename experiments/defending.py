@@ -126,7 +126,8 @@ def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: 
         "before": scene.before._asdict(), "after": after._asdict(),
         "der": metrics.defence_effectiveness(scene.before, after),
         "target": scene.attack.target, "clean_indices": indices, "status": found.status.name,
-        "seconds": seconds, "commit": results.commit(), **told,
+        "seconds": seconds, "commit": results.commit(),
+        "convolutions": results.convolutions(), **told,
     }
 
 

@@ -60,7 +60,9 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
                 continue
             key = name(cell)
             new = {"status": done["status"], "seconds": round(done["seconds"], 1),
-                   "versions": found[tables.folder(cell, runs)]["versions"],
+                   "versions": {**found[tables.folder(cell, runs)]["versions"],
+                                # The run's last start may have had another precision.
+                                "convolutions": done.get("convolutions", "float32")},
                    **{when: {k: round(done[when][k], 2) for k in _SCORES}
                       for when in ("before", "after")}}
             old = cells.get(key, {})

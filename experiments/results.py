@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+import jax
 import numpy as np
 
-from awm_jax import metrics
+from awm_jax import metrics, programs
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 
@@ -21,7 +22,12 @@ def versions() -> dict[str, str]:
     """Versions of what computes the numbers, and the machine."""
     found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {"python": platform.python_version(), "machine": platform.machine(),
-            "cpus": str(os.cpu_count()), **found}
+            "cpus": str(os.cpu_count()), **found, "convolutions": convolutions()}
+
+
+def convolutions() -> str:
+    """How a run computed convolutions: its networks' and its defences', not its scores'."""
+    return programs.convolutions() if jax.default_backend() == "cpu" else "native"
 
 
 @functools.cache

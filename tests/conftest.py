@@ -13,6 +13,9 @@ if metadata.version("jaxlib").startswith("0.10."):
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
         " --xla_cpu_experimental_ynn_fusion_type=reduce").strip()
 
+# On a processor that has a unit for it commands would convolve in bfloat16; tests of that ask for it.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
+
 # What the workers of a run, and the next run, need not compile again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
     pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "programs")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import detection, formats, masks, metrics
+from awm_jax import detection, formats, masks, metrics, programs
 from awm_jax.command import suspect as reading
 from awm_jax.command import verdict
 from awm_jax.command.suspect import Suspect, say
@@ -335,4 +335,5 @@ def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findin
 def _versions() -> dict[str, str]:
     """What made the report."""
     names = ("awm-jax", "jax", "jaxlib", "flax", "numpy")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names},
+            "convolutions": programs.convolutions()}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from awm_jax.models import depthwise, lowering, winograd
+from awm_jax.models import bfloat16, depthwise, lowering, winograd
 from awm_jax.models.lowering import Pads
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
@@ -26,9 +26,8 @@ def _native_conv(x, kernel, strides, pads):
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_DIMS)
 
 
-@functools.cache
-def _on_cpu(strides, pads):
-    """The native convolution, under `vmap` one kernel at a time.
+def _one_kernel_at_a_time(form):
+    """A convolution ``(x, kernel) -> y`` that `vmap` does for one kernel after the other.
 
     JAX would make kernels of several networks one grouped convolution, which XLA:CPU does 4 to 12
     times as slowly as one after the other, each of them on all cores.
@@ -36,7 +35,7 @@ def _on_cpu(strides, pads):
 
     @jax.custom_batching.custom_vmap
     def conv(x, kernel):
-        return _native_conv(x, kernel, strides, pads)
+        return form(x, kernel)
 
     @conv.def_vmap
     def rule(axis_size, in_batched, x, kernel):
@@ -49,6 +48,12 @@ def _on_cpu(strides, pads):
         return y.reshape(axis_size, -1, *y.shape[1:]), True
 
     return conv
+
+
+@functools.cache
+def _on_cpu(strides, pads):
+    """The native convolution."""
+    return _one_kernel_at_a_time(lambda x, kernel: _native_conv(x, kernel, strides, pads))
 
 
 def _cpu_conv(x, kernel, strides, pads):
@@ -72,7 +77,36 @@ def _cpu_kernel_grad(x, kernel, dy, strides, pads):
     return (columns.reshape(-1, kh * kw * c_in).T @ dy.reshape(-1, c_out)).reshape(kernel.shape)
 
 
+@functools.cache
+def _in_bfloat16(pads):
+    """`bfloat16.conv`, as a convolution on a CPU."""
+    return _one_kernel_at_a_time(lambda x, kernel: bfloat16.conv(x, kernel, pads))
+
+
+def _bfloat16_conv(x, kernel, strides, pads):
+    """In bfloat16 where the stride is 1, else as `_cpu_conv`; the gradients likewise."""
+    return _in_bfloat16(pads)(x, kernel) if strides == (1, 1) else _cpu_conv(
+        x, kernel, strides, pads)
+
+
+def _bfloat16_input_grad(x, kernel, dy, strides, pads):
+    """d loss / d input: the gradient convolved with the flipped kernel."""
+    if strides != (1, 1):
+        return _cpu_input_grad(x, kernel, dy, strides, pads)
+    reach = tuple((n - 1 - low, n - 1 - high) for n, (low, high) in zip(kernel.shape, pads))
+    return _in_bfloat16(reach)(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+def _bfloat16_kernel_grad(x, kernel, dy, strides, pads):
+    """d loss / d kernel."""
+    if strides != (1, 1):
+        return _cpu_kernel_grad(x, kernel, dy, strides, pads)
+    return bfloat16.kernel_grad(x, dy, kernel.shape[:2], pads)
+
+
 _conv = lowering.convolution(_native_conv, _cpu_conv, _cpu_input_grad, _cpu_kernel_grad)
+_narrow_conv = lowering.convolution(_native_conv, _bfloat16_conv, _bfloat16_input_grad,
+                                    _bfloat16_kernel_grad)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
@@ -91,6 +125,8 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) 
       >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), (1, 1), ((1, 1), (1, 1))).shape
       (1, 4, 4, 8)
     """
+    if jax.config.jax_default_matmul_precision == "bfloat16":
+        return _narrow_conv(x, kernel, strides, pads)
     return _conv(x, kernel, strides, pads)
 
 
@@ -121,7 +157,7 @@ def elu(x: jax.Array) -> jax.Array:
       >>> elu(jnp.array([2.0, 0.0, -jnp.inf])).tolist()
       [2.0, 0.0, -1.0]
     """
-    return jax.nn.elu(x)
+    return jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0)) - 1)
 
 
 def _elu_fwd(x):

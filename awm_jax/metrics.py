@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import models
+from awm_jax.models import bfloat16
 from awm_jax.types import Params
 
 
@@ -34,8 +35,7 @@ class Scores(NamedTuple):
 @jax.jit
 def _predict(params: Params, images: jax.Array) -> jax.Array:
     """Most likely class of float images; on a CPU in float32, as others will run the network."""
-    told = jax.config.jax_default_matmul_precision
-    with jax.default_matmul_precision(None if told == "bfloat16" else told):
+    with bfloat16.refused():
         return models.apply(params, images).argmax(axis=1)
 
 

@@ -172,9 +172,9 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     Returns:
       The table; a ratio under 1 means that ours is faster.
     """
-    lines = ["| job | network | batch | masked | precision | side | runs | s | s an epoch | ratio to "
-             "PyTorch | to its float32 | compiling, or first epoch, s | with that, ratio "
-             "| peak MiB | before the job |", "|" + "---|" * 15]
+    lines = ["| job | network | batch | masked | precision | side | runs | s | s an epoch "
+             "| ratio to PyTorch | to its float32 | compiling, or first epoch, s "
+             "| with that, ratio | peak MiB | before the job |", "|" + "---|" * 15]
     for saved in cells.values():
         cell = saved["cell"]
         found = {side: median(runs) for side, runs in saved["runs"].items()}

@@ -13,7 +13,7 @@ if metadata.version("jaxlib").startswith("0.10."):
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
         " --xla_cpu_experimental_ynn_fusion_type=reduce").strip()
 
-# On a processor that has a unit for it commands would convolve in bfloat16; tests of that ask for it.
+# Commands convolve in bfloat16 on a processor that has a unit for it; tests of that ask for it.
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
 
 # What the workers of a run, and the next run, need not compile again.

@@ -31,30 +31,68 @@ def test_another_process_need_not_compile_again(tmp_path):
     assert len(list(folder.iterdir())) >= hits[1]
 
 
-@pytest.mark.parametrize("before, version, changed, after", [
-    ("", "0.10.2", True, "--xla_cpu_experimental_ynn_fusion_type=reduce"),
-    ("--a=1", "0.10.0", True, "--a=1 --xla_cpu_experimental_ynn_fusion_type=reduce"),
-    ("--xla_cpu_experimental_ynn_fusion_type=", "0.10.2", False,
-     "--xla_cpu_experimental_ynn_fusion_type="),
-    ("--a=1", "0.11.0", False, "--a=1"),
+@pytest.fixture
+def untuned(monkeypatch):
+    """JAX as if nobody had said how to compute, on a processor without bfloat16 products."""
+    monkeypatch.setattr(programs, "_processor", lambda: "x86_64 flags : avx512f amx_tile")
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", None)
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+_AMX = "x86_64 flags : avx512f amx_tile amx_bf16"
+_NAME = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+@pytest.mark.parametrize("before, version, after", [
+    ("", "0.10.2", f"{_NAME}reduce"), ("--a=1", "0.10.0", f"--a=1 {_NAME}reduce"),
+    (_NAME, "0.10.2", _NAME), ("--a=1", "0.11.0", "--a=1"),
 ])
-def test_tuning_leaves_other_versions_and_the_users_choice_alone(monkeypatch, before, version,
-                                                                 changed, after):
+def test_tuning_leaves_other_versions_and_the_users_choice_alone(untuned, monkeypatch, before,
+                                                                 version, after):
     monkeypatch.setenv("XLA_FLAGS", before)
     monkeypatch.setattr(programs.jaxlib, "__version__", version)
-    assert programs.tune() is changed
-    assert os.environ["XLA_FLAGS"] == after
-    assert not programs.tune()  # once is enough
+    for _ in range(2):  # the second time nothing is added
+        assert programs.tune() == programs.convolutions() == "float32"
+        assert os.environ["XLA_FLAGS"] == after
+
+
+@pytest.mark.parametrize("told, asked, processor, version, expected", [
+    (None, None, _AMX, "0.10.2", "bfloat16"), (None, None, _AMX, "0.11.0", "float32"),
+    (None, None, "x86_64", "0.10.2", "float32"), ("float32", None, _AMX, "0.10.2", "float32"),
+    ("highest", None, _AMX, "0.10.2", "float32"), (None, "float32", _AMX, "0.10.2", "float32"),
+    ("bfloat16", None, "arm64", "0.10.2", "bfloat16"),
+    ("bfloat16", "float32", _AMX, "0.10.2", "float32"),
+    ("float32", "bfloat16", "arm64", "0.10.2", "bfloat16"),
+])
+def test_bfloat16_where_the_processor_multiplies_it_and_nobody_objects(
+        untuned, monkeypatch, told, asked, processor, version, expected):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(programs, "_processor", lambda: processor)
+    monkeypatch.setattr(programs.jaxlib, "__version__", version)
+    jax.config.update("jax_default_matmul_precision", told)
+    assert programs.tune(asked) == programs.convolutions() == expected
+    if expected == "float32" and told != "bfloat16":  # what the user said of other products stays
+        assert jax.config.jax_default_matmul_precision == told
+    wanted = {"bfloat16": "reduce,individual_dot", "float32": "reduce"}[expected]
+    assert os.environ["XLA_FLAGS"] == (f"{_NAME}{wanted}" if version == "0.10.2" else "")
+
+
+def test_another_precision_is_refused(untuned):
+    with pytest.raises(ValueError, match="precision='float16' to be one of: bfloat16, float32"):
+        programs.tune("float16")
 
 
 def test_this_jaxlib_takes_the_tuning():
     """In a fresh process, as XLA ends one at an option that it does not know."""
-    job = ("from awm_jax import programs; programs.tune(); import jax.numpy as jnp; "
-           "print(jnp.ones(3).sum())")
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", job], env=env, check=True, text=True,
-                          capture_output=True)
-    assert done.stdout.strip() == "3.0"
+    for precision in programs.PRECISIONS:
+        job = (f"from awm_jax import programs; programs.tune({precision!r}); "
+               "import jax.numpy as jnp; print(jnp.ones(3).sum())")
+        done = subprocess.run([sys.executable, "-c", job], env=env, check=True, text=True,
+                              capture_output=True)
+        assert done.stdout.strip() == "3.0"
 
 
 @pytest.fixture

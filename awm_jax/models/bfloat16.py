@@ -1,13 +1,15 @@
 """Convolutions in steps of one pixel as products of bfloat16 matrices, summed in float32.
 
-For CPUs with a unit for such products (AMX). Fields of ``kh * kw`` pixels need not be copied whole:
-``kw`` copies of the images side by side, times the ``kh`` rows of the kernel side by side, give each
-row's share of the result, and shares are added one row apart. So images are copied three times for
-a 3x3 kernel, not nine. With few channels such products are narrow, and copying fields whole is
-little: see `_whole`.
+For CPUs with a unit for such products (Intel's AMX). Fields of ``kh * kw`` pixels need not be
+copied whole: ``kw`` copies of the images side by side, times the ``kh`` rows of the kernel side by
+side, give each row's share of the result, and shares are added one row apart. So images are copied
+three times for a 3x3 kernel, not nine. Where a field fits into a row of the unit's registers, as
+with three channels, copying it whole is as little.
 
 A number keeps 8 of its 24 significant bits, so results are within about .5% of the largest.
 """
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,18 @@ from jax import lax
 from awm_jax.models import lowering
 from awm_jax.models.lowering import Pads
 
+_OPTION = "jax_default_matmul_precision"
 _ROW = 32  # bfloat16 numbers in a row of the unit's registers
+
+
+def asked() -> bool:
+    """Whether JAX was told to, by ``jax.default_matmul_precision('bfloat16')`` or the option."""
+    return getattr(jax.config, _OPTION) == "bfloat16"
+
+
+def refused() -> contextlib.AbstractContextManager:
+    """Within it nobody asks."""
+    return jax.default_matmul_precision(None) if asked() else contextlib.nullcontext()
 
 
 def _bits(x: jax.Array, pads: Pads = ((0, 0), (0, 0))) -> jax.Array:
@@ -105,9 +118,9 @@ def kernel_grad(x: jax.Array, dy: jax.Array, size: tuple[int, int], pads: Pads) 
     whole = _whole(kh, kw, c_in)
     # The product sums over pixels, so they come last. Turned and padded at once, before there are
     # copies: turning is what takes time.
-    widths = [(low, high, 0) for low, high in ((0, 0), (0, 0), pads[0] if whole else (0, 0), pads[1])]
-    turned = _bits(x).transpose(3, 0, 1, 2)
-    turned = lax.optimization_barrier(lax.pad(turned, jnp.zeros((), turned.dtype), widths))
+    around = (pads if whole else ((0, 0), pads[1]))
+    turned = lax.optimization_barrier(jnp.pad(_bits(x).transpose(3, 0, 1, 2),
+                                              ((0, 0), (0, 0), *around)))
     if whole:
         fields = jnp.stack([turned[:, :, i : i + height, j : j + width]
                             for i in range(kh) for j in range(kw)])

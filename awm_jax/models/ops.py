@@ -93,7 +93,8 @@ def _bfloat16_input_grad(x, kernel, dy, strides, pads):
     """d loss / d input: the gradient convolved with the flipped kernel."""
     if strides != (1, 1):
         return _cpu_input_grad(x, kernel, dy, strides, pads)
-    reach = tuple((n - 1 - low, n - 1 - high) for n, (low, high) in zip(kernel.shape, pads))
+    reach = tuple((n - 1 - low, n - 1 - high)
+                  for n, (low, high) in zip(kernel.shape[:2], pads, strict=True))
     return _in_bfloat16(reach)(dy, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
@@ -125,7 +126,7 @@ def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) 
       >>> conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), (1, 1), ((1, 1), (1, 1))).shape
       (1, 4, 4, 8)
     """
-    if jax.config.jax_default_matmul_precision == "bfloat16":
+    if bfloat16.asked():
         return _narrow_conv(x, kernel, strides, pads)
     return _conv(x, kernel, strides, pads)
 
@@ -152,6 +153,9 @@ def flax_conv(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, dimens
 @jax.custom_vjp
 def elu(x: jax.Array) -> jax.Array:
     """``x`` where positive, ``exp(x) - 1`` elsewhere; its gradient is read off the result.
+
+    Within one rounding of 1, and a third faster on a CPU than with ``expm1``, which would be nearer
+    to zero only where the result is as good as zero.
 
     Example:
       >>> elu(jnp.array([2.0, 0.0, -jnp.inf])).tolist()

@@ -110,7 +110,7 @@ def one(side: str, cell: Cell, threads: int) -> dict[str, float]:
       `Times` as a dictionary.
 
     Raises:
-      ValueError: JAX sees no such device.
+      ValueError: JAX or PyTorch sees no such device.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, _cores()[:threads])
@@ -130,6 +130,9 @@ def one(side: str, cell: Cell, threads: int) -> dict[str, float]:
 
     from experiments import benchmark_torch
 
+    if cell.device == "gpu" and not torch.cuda.is_available():
+        raise ValueError("Expected PyTorch to see a GPU, it does not. Install a build of it for "
+                         "CUDA, or --device cpu.")
     torch.set_num_threads(threads)
     return benchmark_torch.JOBS[cell.job](cell, side == _COMPILED)._asdict()
 

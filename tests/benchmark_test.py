@@ -1,6 +1,8 @@
 """The benchmark: its cells, its table, its second start; both sides do their jobs."""
 
 import json
+import pathlib
+import subprocess
 
 import jax
 import pytest
@@ -138,6 +140,18 @@ def test_it_writes_and_goes_on(tmp_path, monkeypatch, capsys):
     assert benchmark.main(argv) == 2
     assert "Move it away" in capsys.readouterr().err
     assert (tmp_path / "b" / "benchmark.json").read_text() == "[]"
+
+
+def test_without_a_gpu_both_sides_and_the_script_say_so(tmp_path, torch):
+    if torch.cuda.is_available():
+        pytest.skip("There is a GPU.")
+    cell = Cell(job="sweep", arch="small_vgg", device="gpu", **SMALL)
+    with pytest.raises(ValueError, match="Expected PyTorch to see a GPU, it does not"):
+        benchmark.one("PyTorch", cell, 1)
+    script = pathlib.Path(benchmark.__file__).with_name("on_gpu.sh")
+    done = subprocess.run(["/bin/bash", script], env={"PATH": "/bin:/usr/bin"}, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 2 and "there is none here: nothing was measured" in done.stderr
 
 
 def test_a_side_that_fails_is_named():

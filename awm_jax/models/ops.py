@@ -5,7 +5,9 @@ pass and the image's gradient are too, the latter as a plain convolution of the 
 flipped kernel: XLA:CPU does those that JAX derives up to 16 times as slowly. The kernel's gradient,
 which it does 70 and more times as slowly, is matrix products: *Winograd*
 (`awm_jax.models.winograd`) where it applies, which is in most layers, else *im2col*, every
-receptive field copied as a row.
+receptive field copied as a row. Where JAX is told to multiply in bfloat16, which
+`awm_jax.programs.tune` tells it on CPUs that have a unit for that, all three are products of
+bfloat16 matrices (`awm_jax.models.bfloat16`) if the stride is 1.
 `jax.lax.platform_dependent` chooses while lowering, so one trace serves all.
 """
 
@@ -83,6 +85,23 @@ def _in_bfloat16(pads):
     return _one_kernel_at_a_time(lambda x, kernel: bfloat16.conv(x, kernel, pads))
 
 
+@functools.cache
+def _kernel_grad_in_bfloat16(size, pads):
+    """`bfloat16.kernel_grad`, under `vmap` one after the other: products of several are slow."""
+
+    @jax.custom_batching.custom_vmap
+    def grad(x, dy):
+        return bfloat16.kernel_grad(x, dy, size, pads)
+
+    @grad.def_vmap
+    def rule(axis_size, in_batched, x, dy):
+        x, dy = (v if batched else jnp.broadcast_to(v, (axis_size, *v.shape))
+                 for v, batched in zip((x, dy), in_batched, strict=True))
+        return lax.map(lambda each: grad(*each), (x, dy)), True
+
+    return grad
+
+
 def _bfloat16_conv(x, kernel, strides, pads):
     """In bfloat16 where the stride is 1, else as `_cpu_conv`; the gradients likewise."""
     return _in_bfloat16(pads)(x, kernel) if strides == (1, 1) else _cpu_conv(
@@ -102,7 +121,7 @@ def _bfloat16_kernel_grad(x, kernel, dy, strides, pads):
     """d loss / d kernel."""
     if strides != (1, 1):
         return _cpu_kernel_grad(x, kernel, dy, strides, pads)
-    return bfloat16.kernel_grad(x, dy, kernel.shape[:2], pads)
+    return _kernel_grad_in_bfloat16(kernel.shape[:2], pads)(x, dy)
 
 
 _conv = lowering.convolution(_native_conv, _cpu_conv, _cpu_input_grad, _cpu_kernel_grad)
@@ -154,14 +173,14 @@ def flax_conv(x, kernel, strides, padding, *, lhs_dilation, rhs_dilation, dimens
 def elu(x: jax.Array) -> jax.Array:
     """``x`` where positive, ``exp(x) - 1`` elsewhere; its gradient is read off the result.
 
-    Within one rounding of 1, and a third faster on a CPU than with ``expm1``, which would be nearer
-    to zero only where the result is as good as zero.
+    As ``max(x, exp(min(x, 0)) - 1)``, within one rounding of 1: ``expm1`` and a choice between the
+    two take half as long again on a CPU.
 
     Example:
       >>> elu(jnp.array([2.0, 0.0, -jnp.inf])).tolist()
       [2.0, 0.0, -1.0]
     """
-    return jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0)) - 1)
+    return jnp.maximum(x, jnp.exp(jnp.minimum(x, 0)) - 1)
 
 
 def _elu_fwd(x):

@@ -57,7 +57,7 @@ def tune(precision: str | None = None) -> str:
     """Makes convolutions on a CPU fast; before JAX computes anything, else half in vain.
 
     On a processor that multiplies bfloat16 matrices (Intel's AMX), convolutions in steps of one
-    pixel become such products (`awm_jax.models.bfloat16`), about twice as fast and within .5%. It
+    pixel become such products (`awm_jax.models.bfloat16`), 1.2 to 1.9 times as fast and within .5%. It
     goes by JAX's own ``jax_default_matmul_precision``, so ``JAX_DEFAULT_MATMUL_PRECISION=float32``
     keeps float32; `awm_jax.metrics` scores in float32 always.
 

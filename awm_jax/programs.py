@@ -57,9 +57,10 @@ def tune(precision: str | None = None) -> str:
     """Makes convolutions on a CPU fast; before JAX computes anything, else half in vain.
 
     On a processor that multiplies bfloat16 matrices (Intel's AMX), convolutions in steps of one
-    pixel become such products (`awm_jax.models.bfloat16`), 1.2 to 1.9 times as fast and within .5%. It
-    goes by JAX's own ``jax_default_matmul_precision``, so ``JAX_DEFAULT_MATMUL_PRECISION=float32``
-    keeps float32; `awm_jax.metrics` scores in float32 always.
+    pixel become such products (`awm_jax.models.bfloat16`), within .5%: networks take 1.2 to 1.9
+    times less time. It goes by JAX's own ``jax_default_matmul_precision``, so
+    ``JAX_DEFAULT_MATMUL_PRECISION=float32`` keeps float32; `awm_jax.metrics` scores in float32
+    always.
 
     And jaxlib 0.10 hands convolutions and matrix products to a library (YNNPACK) that does many of
     them on one core. This leaves it the sums, and bfloat16 products, only: `docs/performance.md`

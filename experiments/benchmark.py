@@ -25,7 +25,7 @@ from awm_jax import programs
 from awm_jax.command.options import OneLine, positive
 from awm_jax.progress import Progress
 from experiments import cli, results
-from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, PRECISIONS, Cell
+from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, Cell
 
 _FLAGS = os.environ.get("XLA_FLAGS", "")  # before this process tunes them for itself
 _OURS, _TORCH, _COMPILED = "awm_jax", "PyTorch", "torch.compile"
@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=cli.several(LAYERS, "choice of layers"), default=("conv",),
                    help="which convolutions are masked: conv (all of them), deep (those below the "
                    "first resolution), or all for both (default: conv)")
-    p.add_argument("--precision", type=cli.several(PRECISIONS, "precision"), default=("float32",),
+    p.add_argument("--precision", type=cli.several(programs.PRECISIONS, "precision"),
+                   default=("float32",),
                    help="of convolutions: float32, bfloat16 (PyTorch under autocast), or all for "
                    "both (default: float32)")
     p.add_argument("--epochs", type=positive,
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """What is to be measured."""
+    if args.device == "gpu" and "bfloat16" in args.precision:
+        raise ValueError("Expected --precision=float32 with --device gpu: convolutions in bfloat16 "
+                         "are ours for CPUs, a GPU does its own. Leave --precision out.")
     found = []
     for job in args.job:
         for arch in args.arch:

@@ -8,7 +8,6 @@ import numpy as np
 JOBS = ("purify", "train", "sweep")
 ARCHS = ("small_vgg", "resnet18")
 LAYERS = ("conv", "deep")
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,8 @@ class Cell:
       layers: which convolutions are masked: 'conv' (all, as in the paper) or 'deep' (those
         below the first resolution).
       device: 'cpu' or 'gpu'.
-      precision: 'float32' or 'bfloat16': of convolutions (ours), of whatever `torch.autocast`
-        rounds (theirs); weights, masks and sums are float32 on both sides.
+      precision: 'float32' or, on a CPU, 'bfloat16': of convolutions (ours), of whatever
+        `torch.autocast` rounds (theirs); weights, masks and sums are float32 on both sides.
     """
 
     job: str

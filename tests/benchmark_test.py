@@ -154,6 +154,11 @@ def test_without_a_gpu_both_sides_and_the_script_say_so(tmp_path, torch):
     assert done.returncode == 2 and "there is none here: nothing was measured" in done.stderr
 
 
+def test_bfloat16_on_a_gpu_is_refused_before_any_work(tmp_path, capsys):
+    assert benchmark.main(["--device", "gpu", "--precision", "all", "--out", str(tmp_path)]) == 2
+    assert "Leave --precision out" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_a_side_that_fails_is_named():
     with pytest.raises(ValueError, match=r"awm_jax failed at Cell\(.*KeyError: 'no_such_job'"):
         benchmark._measure("awm_jax", Cell(job="no_such_job", arch="small_vgg", **SMALL), 1)

@@ -17,7 +17,8 @@ from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
 from awm_jax.defences.awm_config import VARIANTS
-from awm_jax.defences.awm_purify import with_masks
+from awm_jax.defences.awm_purify import network
+from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.base import by_path
 from awm_jax.defences.survey import Survey
 from awm_jax.progress import Progress, waiting
@@ -153,9 +154,9 @@ def no_curve() -> dict[str, list[float]]:
     return {"epoch": [], "clean_accuracy": [], "asr": [], "asr_all": []}
 
 
-def watch(scene: Scene, masks: Any, done: int, curve: dict[str, list[float]]) -> None:
+def watch(scene: Scene, state: AWMState, done: int, curve: dict[str, list[float]]) -> None:
     """Adds a point to Figure 4's curve."""
-    now = scene.evaluate(with_masks(scene.params, masks), _HISTORY_IMAGES)
+    now = scene.evaluate(network(scene.params, state), _HISTORY_IMAGES)
     curve["epoch"].append(done)
     curve["clean_accuracy"].append(now.acc)
     curve["asr"].append(now.asr)
@@ -175,7 +176,7 @@ def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
         del total
         started = time.perf_counter()
         if seed == 0:  # Figure 4, from the first seed; it only watches
-            watch(scene, state.masks, done, curve)
+            watch(scene, state, done, curve)
         watching += time.perf_counter() - started
         progress.update(done, clean=latest["clean_loss"], triggered=latest["trigger_loss"],
                         mask=latest["mask_mean"])

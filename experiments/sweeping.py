@@ -133,7 +133,7 @@ def _awm(cells: list[Cell], stages: dict[str, Scene], asked: list[Row], stacked:
             progress = Progress(f"purifying {len(picks)} at once", total)
         for place, number in enumerate(picks):
             if number in curves:
-                defending.watch(stages[cells[number].attack], sweep.take(state.masks, place), done,
+                defending.watch(stages[cells[number].attack], sweep.take(state, place), done,
                                 curves[number])
         progress.update(done, clean=latest["clean_loss"], triggered=latest["trigger_loss"],
                         mask=latest["mask_mean"])

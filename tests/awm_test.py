@@ -1,6 +1,7 @@
 """Adversarial Weight Masking: its properties, its errors and its settings."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,33 @@ def test_masks_bound_and_history(variant, tiny, small_batch):
     assert np.abs(out.trigger).sum() > 0
     assert {len(v) for v in out.history.values()} == {2}
     assert isinstance(out.params, awm_jax.Params) and out.params.arch == tiny.arch
+    masked = dataclasses.replace(tiny, batch_stats=out.params.batch_stats)
     np.testing.assert_allclose(
         models.apply(out.params, small_batch.images),
-        models.apply(tiny, small_batch.images, masks=out.masks), rtol=1e-5, atol=1e-5)
+        models.apply(masked, small_batch.images, masks=out.masks), rtol=1e-5, atol=1e-5)
     for name in ("bn1", "dense"):
         np.testing.assert_array_equal(_numbers(out.params.weights[name]),
                                       _numbers(tiny.weights[name]))
+
+
+def test_statistics_follow_the_masks_by_default_alone(tiny, small_batch):
+    """After the masks, which are learnt without; and after every stretch, for those who watch."""
+    states = []
+    out = awm_jax.purify(tiny, small_batch, config=_config("distilled"), every=1,
+                         on_epochs=lambda done, total, state, latest: states.append(state))
+    off = awm_jax.purify(tiny, small_batch, config=_config("distilled", recalibration=0), every=1)
+    paper = awm_jax.purify(tiny, small_batch, config=_config("paper"))
+    np.testing.assert_allclose(_numbers(out.masks), _numbers(off.masks), atol=1e-6)
+    for still in (off, paper):
+        np.testing.assert_array_equal(_numbers(still.params.batch_stats),
+                                      _numbers(tiny.batch_stats))
+    found = [_numbers(state.batch_stats) for state in states] + [_numbers(tiny.batch_stats)]
+    np.testing.assert_array_equal(found[1], _numbers(out.params.batch_stats))
+    assert all(np.abs(a - b).max() > 1e-5 for a, b in itertools.pairwise(found))
+    np.testing.assert_allclose(  # nothing before it is masked
+        _numbers(out.params.batch_stats["bn1"]), _numbers(tiny.batch_stats["bn1"]), rtol=1e-5)
+    with pytest.raises(ValueError, match="recalibration=-1"):
+        _config("distilled", recalibration=-1)
 
 
 def test_same_key_same_masks_other_key_other_masks(tiny, small_batch):

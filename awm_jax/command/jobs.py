@@ -222,7 +222,7 @@ def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMC
     def watch(done, total, state, latest):
         if not bar:
             bar.append(Progress("purifying", total))
-        now = _accuracy(awm_purify.with_masks(suspect.params, state.masks), batch, everything)
+        now = _accuracy(awm_purify.network(suspect.params, state), batch, everything)
         bar[0].update(done, accuracy=now, **{k: latest[k] for k in ("clean_loss", "trigger_loss")})
         if now < before - _STOP:
             notes.append(f"stopped in epoch {done} of {total}: {100 * now:.0f}% of the given "

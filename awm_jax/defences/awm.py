@@ -1,10 +1,7 @@
 """Adversarial Weight Masking and its parts, as registered defences; see `awm_purify.purify`."""
 
-import dataclasses
-
 import jax
 
-from awm_jax import masks as masking
 from awm_jax.defences import awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.base import HIDDEN_KERNELS, Defence
@@ -16,15 +13,16 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     """`awm_steps.run`, with the masks multiplied in."""
     settings = config.resolve(len(images), params.arch.image_shape)
     state, history = awm_steps.run(key, params, images, labels, settings)
-    purified = dataclasses.replace(params, weights=masking.apply(params.weights, state.masks))
-    return purified, {"masks": state.masks, "history": history._asdict(),
-                      "trigger": state.triggers[settings.epochs - 1 if settings.replay else 0]}
+    return awm_steps.network(params, state), {
+        "masks": state.masks, "history": history._asdict(),
+        "trigger": state.triggers[settings.epochs - 1 if settings.replay else 0]}
 
 
 def _awm(name: str, variant: str, paper: str, ablation: bool = False) -> Defence:
     """One variant of `AWMConfig` as a defence of its own."""
     return Defence(name=name, method=_method, default=AWMConfig(variant=variant),
-                   remit=HIDDEN_KERNELS, paper=f"AWM paper, {paper}", ablation=ablation)
+                   remit=HIDDEN_KERNELS._replace(batch_stats=variant == "distilled"),
+                   paper=f"AWM paper, {paper}", ablation=ablation)
 
 
 awm = _awm("awm", "distilled", "Algorithm 1, with this project's changes")

@@ -46,6 +46,7 @@ class Settings:
       bound: the norm that ``taus`` bound: ``'l1'``, ``'l2'`` or ``'none'`` (no bound).
       l2_weight: coefficient of the trigger's L2 norm in what the trigger phase maximises.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
+      recalibration: minibatches on which BatchNorm's statistics follow the masks; 0 for never.
     """
 
     epochs: int
@@ -79,13 +80,14 @@ class Settings:
     bound: str
     l2_weight: float
     copies: int
+    recalibration: int
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
            "layers": "conv", "spare": False, "monotone": False, "survey_steps": 0, "suspects": 0,
            "pursuit": 0.0, "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1",
-           "l2_weight": 0.0}
+           "l2_weight": 0.0, "recalibration": 0}
 
 _PAPER = {
     **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -100,7 +102,7 @@ VARIANTS: dict[str, dict] = {
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
-        "pursuit_start": 3, "all_to_all_alpha": 0.5,
+        "pursuit_start": 3, "all_to_all_alpha": 0.5, "recalibration": 10,
     },
     "paper": _PAPER,
     "official": {
@@ -132,8 +134,8 @@ class AWMConfig:
       carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
       masked against an all-to-all backdoor only: their filters serve every class, and masking them
       against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
-      16 epochs; half of them in, Adam's rate falls
-      to a tenth.
+      At the end BatchNorm's statistics follow what the masks did to each layer's inputs, on the
+      clean images alone. 16 epochs; half of them in, Adam's rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -169,6 +171,8 @@ class AWMConfig:
       flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
       copies: fixed augmented copies of each image added beforehand, >= 0 (the paper's one-shot
         CIFAR-10 runs use 9).
+      recalibration: minibatches on which BatchNorm's statistics follow the masks, >= 0; 0 leaves
+        them as they were.
 
     Raises:
       ValueError: a value outside its range.
@@ -195,6 +199,7 @@ class AWMConfig:
     layers: str | tuple[str, ...] | None = None
     flip: bool = False
     copies: int = 0
+    recalibration: int | None = None
 
     def __post_init__(self):
         """Checks every range at once, before any work starts."""
@@ -216,6 +221,8 @@ class AWMConfig:
         if self.gamma is not None:
             validate.at_least(0.0, gamma=self.gamma)
         validate.at_least(0, copies=self.copies)
+        if self.recalibration is not None:
+            validate.at_least(0, recalibration=self.recalibration)
 
     def resolve(self, num_images: int, image_shape: tuple[int, int, int]) -> Settings:
         """Fills in what the variant and the data leave open.
@@ -229,7 +236,7 @@ class AWMConfig:
         """
         values = dict(VARIANTS[self.variant])
         for name in ("epochs", "inner_steps", "outer_steps", "alpha", "gamma", "inner_lr",
-                     "outer_lr", "replay", "l2_weight", "layers"):
+                     "outer_lr", "replay", "l2_weight", "layers", "recalibration"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
         if self.layers is not None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import masks as masking
 from awm_jax import validate
 from awm_jax.defences import awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
@@ -23,7 +22,7 @@ class Purified:
 
     Args:
       params: the purified network, of the type that went in.
-      masks: the masks in [0, 1] that made it.
+      masks: the masks in [0, 1] that made it; by default its BatchNorm statistics follow them.
       status: `Status`; ``status.advice`` says what to do.
       history: `AWMInfo`'s fields, each ``[epochs]``.
       trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
@@ -44,7 +43,7 @@ _jit_epochs = jax.jit(awm_steps.epochs, static_argnames=("settings", "length"))
 _jit_prepare = jax.jit(awm_steps.prepare, static_argnames="settings")
 _jit_init = jax.jit(awm_steps.init, static_argnames="settings")
 _jit_look = jax.jit(awm_steps.look, static_argnames="settings")
-_jit_apply_masks = jax.jit(masking.apply)
+_jit_network = jax.jit(awm_steps.network)
 
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
@@ -131,7 +130,7 @@ def conclude(params: Params, state: AWMState, found: Survey | None, history: AWM
 
     Example: see `awm_jax.defences.awm_rows`.
     """
-    purified = with_masks(params, state.masks)
+    purified = network(params, state)
     fields = history._asdict()
     status = _status(state, fields, agreement(params, purified, images))
     if found is None:  # one place where nothing is replayed
@@ -142,9 +141,9 @@ def conclude(params: Params, state: AWMState, found: Survey | None, history: AWM
     return Purified(purified, state.masks, status, fields, np.asarray(trigger), found)
 
 
-def with_masks(params: Params, masks: Masks) -> Params:
-    """The network with its masks multiplied in, usable without them."""
-    return dataclasses.replace(params, weights=_jit_apply_masks(params.weights, masks))
+def network(params: Params, state: AWMState) -> Params:
+    """`awm_steps.network`, compiled: what `purify` would return if it ended here."""
+    return _jit_network(params, state)
 
 
 def stretch(epochs: int, every: int | None) -> int:

@@ -9,7 +9,7 @@ import optax
 from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
 from awm_jax.data import augment, mixing
-from awm_jax.defences import awm_spare, chunks
+from awm_jax.defences import awm_spare, chunks, recalibrate
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.survey import Survey, objective, survey
 from awm_jax.types import Masks, Params
@@ -28,6 +28,8 @@ class AWMState(NamedTuple):
       triggers: ``[epochs + suspects, H, W, C]`` the trigger of every epoch done, zeros after them,
         and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
       suspect: `Survey.suspect`, -1 without a survey.
+      batch_stats: the network's BatchNorm statistics; after every stretch of `epochs` they follow
+        the masks, where the settings ask for it.
     """
 
     masks: Masks
@@ -36,6 +38,7 @@ class AWMState(NamedTuple):
     finite: jax.Array
     triggers: jax.Array
     suspect: jax.Array
+    batch_stats: Any
 
 
 class AWMInfo(NamedTuple):
@@ -316,7 +319,7 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
                           jnp.concatenate([found.dispersal[None], worst[:-1]]))
         triggers = jnp.concatenate([triggers, worst])
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
-                    jnp.array(True), triggers, suspect)
+                    jnp.array(True), triggers, suspect, params.batch_stats)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -347,9 +350,21 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     finite = state.finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
     slot = state.epoch if settings.replay else 0
     triggers = state.triggers.at[slot].set(trigger)
-    new = AWMState(masks, opt_state, state.epoch, finite, triggers, state.suspect)
+    new = state._replace(masks=masks, opt_state=opt_state, triggers=triggers)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new._replace(epoch=state.epoch + 1, finite=finite), info
+
+
+def network(params: Params, state: AWMState) -> Params:
+    """The suspect network with the masks multiplied in, usable without them.
+
+    Args:
+      params: the suspect network.
+      state: of a run, at the end of a stretch.
+
+    Example: ``network(params, run(key, params, images, labels, settings)[0])``.
+    """
+    return Params(masking.apply(params.weights, state.masks), state.batch_stats, params.arch)
 
 
 def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
@@ -380,9 +395,18 @@ def prepare(key: jax.Array, images: jax.Array, labels: jax.Array,
 
 
 def epochs(key, state, params, images, labels, settings, length):
-    """``length`` calls of `step` as one scan; arguments and returns as `run`."""
+    """``length`` calls of `step` as one scan, then BatchNorm's statistics; otherwise as `run`."""
 
     def body(state, _):
         return step(key, state, params, images, labels, settings)
 
-    return jax.lax.scan(body, state, None, length=length)
+    state, info = jax.lax.scan(body, state, None, length=length)
+    if not settings.recalibration:
+        return state, info
+    # The masks are learnt with the statistics at rest: recalibrated every epoch they were no better
+    # (docs/results.md).
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, settings.epochs + 2),
+                                               state.epoch), settings.recalibration)
+    batch_stats = recalibrate.batch_stats(
+        keys, params, state.masks, lambda k: minibatch(k, images, labels, settings)[0])
+    return state._replace(batch_stats=batch_stats), info

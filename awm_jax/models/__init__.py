@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from awm_jax import masks as masking
 from awm_jax import validate
-from awm_jax.models import foreign
+from awm_jax.models import foreign, norms
 from awm_jax.models.mnist import CNN, MLP
 from awm_jax.models.mobilenet import MobileNetV2
 from awm_jax.models.resnet import PreActResNet18, ResNet18
@@ -186,6 +186,34 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
         raise ValueError(f"Expected {params.arch.name} to sow what its blocks put out, it sows "
                          "nothing. Call self.sow('intermediates', 'block1', x) in the module.")
     return logits, blocks, found.get("batch_stats", params.batch_stats)
+
+
+def norm_moments(params: Params, images: jax.Array, *, masks: Masks | None = None,
+                 beside: dict[str, norms.Moments] | None = None) -> dict[str, norms.Moments]:
+    """Mean and mean square, channel by channel, of what enters each BatchNorm layer in `apply`.
+
+    Args:
+      params: the network.
+      images: ``[B, H, W, C]`` float32 in [0, 1].
+      masks: as `apply` takes them.
+      beside: moments of the network without masks on the same images: each layer then normalises by
+        statistics that are moved as far as its own moments are from these (`norms.moved`).
+
+    Returns:
+      `norms.Moments` by slash-joined paths. Layers that are not `flax.linen.BatchNorm` over the
+      last axis, or that a lifted transformation such as `flax.linen.scan` hides, are not in it.
+
+    Example:
+      >>> params = create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
+      >>> norm_moments(params, jnp.zeros((2, 32, 32, 3)))['bn3'].mean.shape
+      (64,)
+    """
+    variables = {"params": masking.apply(params.weights, masks), "batch_stats": params.batch_stats}
+    intercept = norms.sowing if beside is None else norms.moving(params.batch_stats, beside)
+    with nn.intercept_methods(intercept):
+        _, sown = foreign.apply(module(params.arch), variables, _normalise(params.arch, images),
+                                train=False, mutable=[norms.COLLECTION])
+    return norms.read(sown.get(norms.COLLECTION, {}), params.batch_stats)
 
 
 def movable(arch: Arch) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from awm_jax import checkpoint, masks, metrics, models
 from awm_jax.command import jobs, main, normalisation
-from awm_jax.defences import Status
+from awm_jax.defences import Status, awm_steps
 from awm_jax.types import Batch
 
 
@@ -83,11 +83,11 @@ def test_a_run_that_loses_the_images_is_stopped(desk, monkeypatch, tmp_path, cap
     """Pretended: the accuracy that is watched falls by over a tenth in the second stretch."""
     shares, heard = iter([1.0, 0.95, 0.5]), []
 
-    def purify(params, batch, *, on_epochs, survey, **options):
+    def purify(params, batch, *, config, on_epochs, survey, **options):
         assert survey is not None  # the scan's, which need not be made twice
         latest = {"clean_loss": 1.0, "trigger_loss": 1.0}
-        heard.extend(on_epochs(done, 3, types.SimpleNamespace(masks=masks.init(params.weights)),
-                               latest) for done in (1, 2))
+        state = awm_steps.init(params, config.resolve(len(batch.labels), params.arch.image_shape))
+        heard.extend(on_epochs(done, 3, state, latest) for done in (1, 2))
         return types.SimpleNamespace(params=params, masks=masks.init(params.weights),
                                      status=Status.OK)
 

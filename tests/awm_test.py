@@ -61,6 +61,14 @@ def test_statistics_follow_the_masks_by_default_alone(tiny, small_batch):
     assert all(np.abs(a - b).max() > 1e-5 for a, b in itertools.pairwise(found))
     np.testing.assert_allclose(  # nothing before it is masked
         _numbers(out.params.batch_stats["bn1"]), _numbers(tiny.batch_stats["bn1"]), rtol=1e-5)
+    settings = _config("distilled").resolve(6, (8, 8, 3))
+    x, y = small_batch.images, small_batch.labels
+    one_epoch = jax.jit(awm_steps.epochs, static_argnums=(5, 6))
+    for suspect, still in ((0, False), (tiny.arch.num_classes, True)):  # a class; all-to-all
+        state = awm_steps.init(tiny, settings)._replace(suspect=jnp.array(suspect))
+        state, _ = one_epoch(jax.random.key(0), state, tiny, x, y, settings, 1)
+        same = _numbers(state.batch_stats) == _numbers(tiny.batch_stats)
+        assert same.all() == still, suspect
     with pytest.raises(ValueError, match="recalibration=-1"):
         _config("distilled", recalibration=-1)
 

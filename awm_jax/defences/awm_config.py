@@ -46,7 +46,8 @@ class Settings:
       bound: the norm that ``taus`` bound: ``'l1'``, ``'l2'`` or ``'none'`` (no bound).
       l2_weight: coefficient of the trigger's L2 norm in what the trigger phase maximises.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
-      recalibration: minibatches on which BatchNorm's statistics follow the masks; 0 for never.
+      recalibration: minibatches on which BatchNorm's statistics follow the masks, unless the survey
+        suspects an all-to-all backdoor; 0 for never.
     """
 
     epochs: int

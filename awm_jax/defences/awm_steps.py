@@ -29,7 +29,7 @@ class AWMState(NamedTuple):
         and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
       suspect: `Survey.suspect`, -1 without a survey.
       batch_stats: the network's BatchNorm statistics; after every stretch of `epochs` they follow
-        the masks, where the settings ask for it.
+        the masks, where the settings ask for it and no all-to-all backdoor is suspected.
     """
 
     masks: Masks
@@ -409,4 +409,8 @@ def epochs(key, state, params, images, labels, settings, length):
                                                state.epoch), settings.recalibration)
     batch_stats = recalibrate.batch_stats(
         keys, params, state.masks, lambda k: minibatch(k, images, labels, settings)[0])
+    # It revives all-to-all backdoors (docs/results.md).
+    still = state.suspect == params.arch.num_classes
+    batch_stats = jax.tree.map(lambda new, old: jnp.where(still, old, new), batch_stats,
+                               params.batch_stats)
     return state._replace(batch_stats=batch_stats), info

@@ -45,6 +45,8 @@ def config(name: str, args, dataset: Dataset) -> Any:
     if isinstance(default, AWMConfig) and default.variant != "distilled":
         chosen["copies"] = (presets.of(dataset).paper_copies if args.samples == "one-shot"
                             else 0)
+    if isinstance(default, AWMConfig) and default.variant == "distilled":
+        chosen["recalibration"] = presets.of(dataset).recalibration
     if args.purify_epochs is not None and "epochs" in fields:
         chosen["epochs"] = args.purify_epochs
     for field, text in args.set or ():

@@ -45,12 +45,12 @@ def test_masks_bound_and_history(variant, tiny, small_batch):
                                       _numbers(tiny.weights[name]))
 
 
-def test_statistics_follow_the_masks_by_default_alone(tiny, small_batch):
+def test_statistics_follow_the_masks_where_asked(tiny, small_batch):
     """After the masks, which are learnt without; and after every stretch, for those who watch."""
     states = []
-    out = awm_jax.purify(tiny, small_batch, config=_config("distilled"), every=1,
+    out = awm_jax.purify(tiny, small_batch, config=_config("distilled", recalibration=3), every=1,
                          on_epochs=lambda done, total, state, latest: states.append(state))
-    off = awm_jax.purify(tiny, small_batch, config=_config("distilled", recalibration=0), every=1)
+    off = awm_jax.purify(tiny, small_batch, config=_config("distilled"), every=1)
     paper = awm_jax.purify(tiny, small_batch, config=_config("paper"))
     np.testing.assert_allclose(_numbers(out.masks), _numbers(off.masks), atol=1e-6)
     for still in (off, paper):
@@ -61,7 +61,7 @@ def test_statistics_follow_the_masks_by_default_alone(tiny, small_batch):
     assert all(np.abs(a - b).max() > 1e-5 for a, b in itertools.pairwise(found))
     np.testing.assert_allclose(  # nothing before it is masked
         _numbers(out.params.batch_stats["bn1"]), _numbers(tiny.batch_stats["bn1"]), rtol=1e-5)
-    settings = _config("distilled").resolve(6, (8, 8, 3))
+    settings = _config("distilled", recalibration=3).resolve(6, (8, 8, 3))
     x, y = small_batch.images, small_batch.labels
     one_epoch = jax.jit(awm_steps.epochs, static_argnums=(5, 6))
     for suspect, still in ((0, False), (tiny.arch.num_classes, True)):  # a class; all-to-all

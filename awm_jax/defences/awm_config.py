@@ -103,7 +103,7 @@ VARIANTS: dict[str, dict] = {
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
-        "pursuit_start": 3, "all_to_all_alpha": 0.5, "recalibration": 10,
+        "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
     "paper": _PAPER,
     "official": {
@@ -135,8 +135,7 @@ class AWMConfig:
       carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
       masked against an all-to-all backdoor only: their filters serve every class, and masking them
       against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
-      At the end BatchNorm's statistics follow what the masks did to each layer's inputs, on the
-      clean images alone. 16 epochs; half of them in, Adam's rate falls to a tenth.
+      16 epochs; half of them in, Adam's rate falls to a tenth.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -172,8 +171,9 @@ class AWMConfig:
       flip: True if horizontal flips keep the label (CIFAR-10, not traffic signs or digits).
       copies: fixed augmented copies of each image added beforehand, >= 0 (the paper's one-shot
         CIFAR-10 runs use 9).
-      recalibration: minibatches on which BatchNorm's statistics follow the masks, >= 0; 0 leaves
-        them as they were.
+      recalibration: minibatches, 10 say, on which BatchNorm's statistics follow the masks at the
+        end, >= 0 (`awm_jax.defences.recalibrate`); by default 0. It gains accuracy where much was
+        lost, and may bring some of the backdoor back (docs/results.md).
 
     Raises:
       ValueError: a value outside its range.

@@ -99,6 +99,16 @@ def test_writes_everything_and_resumes(tiny_dataset, capsys, monkeypatch):
     assert "| badnets | awm |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, given, expected", [
+    ("cifar10", [], 10), ("gtsrb", [], 0), ("digits", [], 0), ("cifar10", ["--set",
+     "recalibration=0"], 0), ("gtsrb", ["--set", "recalibration=4"], 4)])
+def test_where_statistics_follow_the_masks(name, given, expected):
+    dataset = dataclasses.replace(data.load("digits"), name=name)
+    assert defending.config("awm", parser().parse_args(given), dataset).recalibration == expected
+    paper = defending.config("awm_paper", parser().parse_args([]), dataset)
+    assert paper.resolve(10, (32, 32, 3)).recalibration == 0
+
+
 @pytest.mark.parametrize("argv, rho", [
     (["--dataset", "gtsrb"], 8), (["--dataset", "cifar10"], 2),
     (["--dataset", "cifar10", "--arch", "vgg19_bn"], 6), (["--set", "rho=.25"], 0.25),

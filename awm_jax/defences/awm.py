@@ -7,6 +7,8 @@ from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.base import HIDDEN_KERNELS, Defence
 from awm_jax.types import Params
 
+_REMIT = HIDDEN_KERNELS._replace(batch_stats=True)  # with ``recalibration`` alone
+
 
 def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: AWMConfig) -> tuple[Params, dict]:
@@ -21,8 +23,7 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 def _awm(name: str, variant: str, paper: str, ablation: bool = False) -> Defence:
     """One variant of `AWMConfig` as a defence of its own."""
     return Defence(name=name, method=_method, default=AWMConfig(variant=variant),
-                   remit=HIDDEN_KERNELS._replace(batch_stats=variant == "distilled"),
-                   paper=f"AWM paper, {paper}", ablation=ablation)
+                   remit=_REMIT, paper=f"AWM paper, {paper}", ablation=ablation)
 
 
 awm = _awm("awm", "distilled", "Algorithm 1, with this project's changes")

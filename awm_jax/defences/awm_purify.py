@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import validate
-from awm_jax.defences import awm_spare, awm_steps
+from awm_jax.defences import awm_batches, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.awm_steps import AWMInfo, AWMState
 from awm_jax.defences.base import Status, agreement, finite_weights
@@ -22,7 +22,8 @@ class Purified:
 
     Args:
       params: the purified network, of the type that went in.
-      masks: the masks in [0, 1] that made it; by default its BatchNorm statistics follow them.
+      masks: the masks in [0, 1] that made it; with ``recalibration`` its BatchNorm statistics
+        follow them.
       status: `Status`; ``status.advice`` says what to do.
       history: `AWMInfo`'s fields, each ``[epochs]``.
       trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
@@ -40,7 +41,7 @@ class Purified:
 
 
 _jit_epochs = jax.jit(awm_steps.epochs, static_argnames=("settings", "length"))
-_jit_prepare = jax.jit(awm_steps.prepare, static_argnames="settings")
+_jit_prepare = jax.jit(awm_batches.prepare, static_argnames="settings")
 _jit_init = jax.jit(awm_steps.init, static_argnames="settings")
 _jit_look = jax.jit(awm_steps.look, static_argnames="settings")
 _jit_network = jax.jit(awm_steps.network)

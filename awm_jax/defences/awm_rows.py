@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from awm_jax import checkpoint, sweep
-from awm_jax.defences import awm_purify, awm_steps
+from awm_jax.defences import awm_batches, awm_purify, awm_steps
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.awm_steps import AWMInfo, AWMState
 from awm_jax.defences.rows import Group, Row, Stacked, supplies, tree_of
@@ -85,7 +85,7 @@ def _parts(row: Any, stacked: Stacked, settings: Settings) -> tuple:
     """Key, network, prepared images and labels, and settings of one row."""
     own = dataclasses.replace(settings, **row["own"])
     params, images, labels = supplies(row, stacked)
-    images, labels = awm_steps.prepare(row["key"], images, labels, own)
+    images, labels = awm_batches.prepare(row["key"], images, labels, own)
     return row["key"], params, images, labels, own
 
 

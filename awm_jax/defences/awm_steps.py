@@ -8,8 +8,7 @@ import optax
 
 from awm_jax import bilevel, losses, models, projections
 from awm_jax import masks as masking
-from awm_jax.data import augment, mixing
-from awm_jax.defences import awm_spare, chunks, recalibrate
+from awm_jax.defences import awm_batches, awm_spare, chunks, recalibrate
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.survey import Survey, objective, survey
 from awm_jax.types import Masks, Params
@@ -142,42 +141,6 @@ def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
     return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
-def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
-              settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """A minibatch: images without replacement (whole reshuffles of too few), augmented if asked.
-
-    Args:
-      key: PRNG key.
-      images: ``[n, H, W, C]`` in [0, 1].
-      labels: ``[n]`` anything that belongs to each.
-      settings: ``batch_size``, ``augment`` and ``flip``.
-
-    Returns:
-      ``[batch_size, H, W, C]`` and ``[batch_size]``.
-    """
-    key_pick, key_crop, key_mix = jax.random.split(key, 3)
-    count, size = len(images), settings.batch_size
-    rounds = jax.random.split(key_pick, -(-size // count))
-    picks = jax.vmap(lambda k: jax.random.permutation(k, count))(rounds).ravel()[:size]
-    images, labels = images[picks], labels[picks]
-    if settings.augment:
-        images = augment.crop_flip(key_crop, images, flip=settings.flip)
-        images = mixing.mix(key_mix, images)
-    return images, labels
-
-
-def _replayed(key: jax.Array, delta: jax.Array, triggers: jax.Array, epoch: jax.Array,
-              settings: Settings) -> jax.Array:
-    """One trigger an image: this epoch's, or with probability ``replay`` an earlier one."""
-    key_old, key_which = jax.random.split(key)
-    surveyed = len(triggers) - settings.epochs
-    earlier = surveyed + epoch
-    which = jax.random.randint(key_which, (settings.batch_size,), 0, jnp.maximum(earlier, 1))
-    old = jax.random.bernoulli(key_old, settings.replay, (settings.batch_size, 1, 1, 1))
-    # The survey's lie at the end, so the first of them is at -surveyed.
-    return jnp.where(old & (earlier > 0), triggers[which - surveyed], delta[None])
-
-
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
     """Adam whose rate falls to a tenth at ``decay_epoch``."""
     return optax.adam(optax.piecewise_constant_schedule(
@@ -241,7 +204,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
                          jnp.where(epoch == 1, triggers[settings.epochs], nothing))
 
     def ascend(key, epoch, delta, outer):
-        x, y = minibatch(key, images, labels if fled is None else fled, settings)
+        x, y = awm_batches.minibatch(key, images, labels if fled is None else fled, settings)
         masks, _ = outer
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
@@ -266,9 +229,9 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     def descend(key, epoch, delta, outer):
         masks, opt_state = outer
         key_batch, key_replay = jax.random.split(key)
-        x, target = minibatch(key_batch, images, labels, settings)
+        x, target = awm_batches.minibatch(key_batch, images, labels, settings)
         if settings.replay:
-            delta = _replayed(key_replay, delta, triggers, epoch, settings)
+            delta = awm_batches.replayed(key_replay, delta, triggers, epoch, settings)
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
 
@@ -294,7 +257,7 @@ def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
     """
     steps = max(10, settings.survey_steps // params.arch.num_classes)
     return survey(jax.random.fold_in(key, settings.epochs + 1), params,
-                  lambda k: minibatch(k, images, labels, settings)[0], steps=steps,
+                  lambda k: awm_batches.minibatch(k, images, labels, settings)[0], steps=steps,
                   tau=2 * settings.taus[0])
 
 
@@ -378,20 +341,10 @@ def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
 
     Example: `jax.jit(jax.vmap(run, in_axes=(0, None, None, None, None)), static_argnums=4)`.
     """
-    images, labels = prepare(key, images, labels, settings)
+    images, labels = awm_batches.prepare(key, images, labels, settings)
     found = look(key, params, images, labels, settings) if settings.survey_steps else None
     state = init(params, settings, found)
     return epochs(key, state, params, images, labels, settings, settings.epochs)
-
-
-def prepare(key: jax.Array, images: jax.Array, labels: jax.Array,
-            settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """The clean images and, after them, ``copies`` augmented copies of each."""
-    if not settings.copies:
-        return images, labels
-    keys = jax.random.split(jax.random.fold_in(key, settings.epochs), settings.copies)
-    copies = [augment.crop_flip(k, images, flip=settings.flip) for k in keys]
-    return jnp.concatenate([images, *copies]), jnp.tile(labels, 1 + settings.copies)
 
 
 def epochs(key, state, params, images, labels, settings, length):
@@ -408,9 +361,10 @@ def epochs(key, state, params, images, labels, settings, length):
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, settings.epochs + 2),
                                                state.epoch), settings.recalibration)
     batch_stats = recalibrate.batch_stats(
-        keys, params, state.masks, lambda k: minibatch(k, images, labels, settings)[0])
+        keys, params, state.masks, lambda k: awm_batches.minibatch(k, images, labels, settings)[0])
+    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)]).all()
     # It revives all-to-all backdoors (docs/results.md).
-    still = state.suspect == params.arch.num_classes
-    batch_stats = jax.tree.map(lambda new, old: jnp.where(still, old, new), batch_stats,
+    moves = finite & (state.suspect != params.arch.num_classes)
+    batch_stats = jax.tree.map(lambda new, old: jnp.where(moves, new, old), batch_stats,
                                params.batch_stats)
     return state._replace(batch_stats=batch_stats), info

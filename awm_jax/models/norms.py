@@ -66,10 +66,11 @@ def sowing(call, args, kwargs, context):
 
     Sown, not handed out: what a lifted transformation such as `nn.scan` keeps inside stays there,
     and its layers have no moments.
+
+    Example: see `awm_jax.models.norm_moments`.
     """
     if _is_norm(context, args):
-        context.module.sow(COLLECTION, "moments", _moments(context.module, args[0]),
-                           reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        _sow(context.module, _moments(context.module, args[0]))
     return call(*args, **kwargs)
 
 
@@ -83,6 +84,8 @@ def moving(batch_stats: Any, reference: Mapping[str, Moments]):
 
     Returns:
       An interceptor; it sows as `sowing` does.
+
+    Example: see `awm_jax.models.norm_moments`.
     """
     def intercept(call, args, kwargs, context):
         name = "/".join(context.module.path)
@@ -91,8 +94,7 @@ def moving(batch_stats: Any, reference: Mapping[str, Moments]):
         x, epsilon, stats = args[0], context.module.epsilon, at(batch_stats, context.module.path)
         now = _moments(context.module, x)
         new = moved(stats, reference[name], now)
-        context.module.sow(COLLECTION, "moments", now, reduce_fn=lambda _, new: new,
-                           init_fn=lambda: None)
+        _sow(context.module, now)
         # Another input instead of other statistics, which in evaluation cannot be changed.
         scale = jnp.sqrt((stats["var"] + epsilon) / (new["var"] + epsilon))
         wide = tuple(range(x.ndim - 1))
@@ -109,6 +111,8 @@ def read(sown: Mapping[str, Any], batch_stats: Any) -> dict[str, Moments]:
     Args:
       sown: the collection that an application gave back.
       batch_stats: the network's statistics.
+
+    Example: see `awm_jax.models.norm_moments`.
     """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -121,7 +125,12 @@ def read(sown: Mapping[str, Any], batch_stats: Any) -> dict[str, Moments]:
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:
-    """What a nested dictionary has at a path, None if nothing."""
+    """What a nested dictionary has at a path, None if nothing.
+
+    Example:
+      >>> at({'block': {'bn1': 3}}, ('block', 'bn1'))
+      3
+    """
     for key in path:
         if key not in tree:
             return None
@@ -134,6 +143,11 @@ def _is_norm(context, args) -> bool:
     layer = context.module
     return (isinstance(layer, nn.BatchNorm) and context.method_name == "__call__" and bool(args)
             and layer.axis in (-1, args[0].ndim - 1))
+
+
+def _sow(layer: nn.BatchNorm, moments: Moments) -> None:
+    """Leaves a layer's moments in the collection, the last call's if there are several."""
+    layer.sow(COLLECTION, "moments", moments, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def _moments(layer: nn.BatchNorm, x: jax.Array) -> Moments:

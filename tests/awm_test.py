@@ -60,7 +60,8 @@ def test_statistics_follow_the_masks_where_asked(tiny, small_batch):
     np.testing.assert_array_equal(found[1], _numbers(out.params.batch_stats))
     assert all(np.abs(a - b).max() > 1e-5 for a, b in itertools.pairwise(found))
     np.testing.assert_allclose(  # nothing before it is masked
-        _numbers(out.params.batch_stats["bn1"]), _numbers(tiny.batch_stats["bn1"]), rtol=1e-5, atol=1e-6)
+        _numbers(out.params.batch_stats["bn1"]), _numbers(tiny.batch_stats["bn1"]),
+        rtol=1e-5, atol=1e-6)
     settings = _config("distilled", recalibration=3).resolve(6, (8, 8, 3))
     x, y = small_batch.images, small_batch.labels
     one_epoch = jax.jit(awm_steps.epochs, static_argnums=(5, 6))

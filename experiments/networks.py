@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import time
 from collections.abc import Callable
 
 import jax
@@ -177,8 +178,8 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
     state = None
     if checkpoint.exists(folder / "state"):
         state = checkpoint.load_tree(folder / "state", like)
-    progress = Progress(f"training {spec.digest}", config.epochs,
-                        0 if state is None else int(state.epoch))
+    begun, started = 0 if state is None else int(state.epoch), time.monotonic()
+    progress = Progress(f"training {spec.digest}", config.epochs, begun)
 
     def on_epoch(done, total, state, loss):
         progress.update(done, loss=loss)
@@ -193,8 +194,28 @@ def get_network(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path,
                             attacker=attacker, attacker_state=begin, on_epoch=on_epoch)
     if checkpoint.exists(folder / "network"):  # another process was at it too, and was faster
         return checkpoint.load(folder / "network")[0]
-    checkpoint.save(folder / "network", params, dataclasses.asdict(spec))
+    told = dataclasses.asdict(spec)
+    if begun < config.epochs:
+        told["epoch_seconds"] = (time.monotonic() - started) / (config.epochs - begun)
+    checkpoint.save(folder / "network", params, told)
     return params
+
+
+def epoch_seconds(dataset: str, arch: str, cache: pathlib.Path) -> float | None:
+    """How long an epoch of networks like these took here, compiling and saving included.
+
+    Args:
+      dataset: a ``--dataset``.
+      arch: an ``--arch``.
+      cache: directory of networks.
+
+    Returns:
+      The median of those in the cache, in seconds; None if there is none.
+    """
+    kept = (checkpoint.metadata(path)["metadata"].get("epoch_seconds")
+            for path in cache.glob(f"{dataset}*-{arch}-*/network") if checkpoint.exists(path))
+    found = [seconds for seconds in kept if seconds is not None]
+    return float(np.median(found)) if found else None
 
 
 def learnt(spec: NetworkSpec, dataset: Dataset, cache: pathlib.Path, attack: Attack) -> Attack:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from awm_jax import checkpoint, models
+from awm_jax import attacks, checkpoint, models
 from awm_jax.defences import DEFENCES
-from experiments import cli, networks, oneshot, scene, table_cells
+from experiments import cli, networks, oneshot, presets, scene, table_cells
 from experiments.table_cells import PLANS, USUAL, Cell
 
 RUNS = pathlib.Path("runs/tables")
@@ -30,7 +30,7 @@ RUNS = pathlib.Path("runs/tables")
 # a cell of the same kind was timed here.
 _SECONDS, _USUAL = {"ibau": 22.0}, 70.0
 _ANY_NUMBER = {"anp": 2700.0, "swm": 2700.0}  # so many steps, however many images there are
-# Seconds an epoch, of a network that is not there yet.
+# Seconds an epoch, until a network of the kind was trained here.
 _TRAINING = {"gtsrb": 110.0, "cifar10": 145.0, "mnist": 150.0, "tiny_imagenet": 2000.0}
 # Multiplications for an image, the small VGG's being 1: rounded counts, not times.
 _HEAVIER = {"resnet18": 14.0, "preact_resnet18": 14.0, "vgg19_bn": 10.0, "mobilenet_v2": 2.5,
@@ -122,16 +122,28 @@ class Estimates:
     def total(self, cells: list[Cell]) -> float:
         """Seconds that several will take, with the training of networks that no cell had yet."""
         new = {_network(folder(cell, self._runs), cell.attack): cell for cell in cells}
-        return sum(map(self.of, cells)) + sum(
-            self._training(cell) for network, cell in new.items() if network not in self._trained)
+        training: dict[str, float] = {}
+        for network, cell in new.items():
+            if network not in self._trained:
+                training.update(self._training(cell))
+        return sum(map(self.of, cells)) + sum(training.values())
 
-    def _training(self, cell: Cell) -> float:
-        """Seconds that a cell's network takes to train, none if the cache has it."""
+    def _training(self, cell: Cell) -> dict[str, float]:
+        """Seconds that a cell's network takes to train, and its trigger's surrogate, by digest.
+
+        None of what the cache has.
+        """
         args = cli.parser().parse_args(_arguments(cell, self._args))
-        spec = scene.planned(cell.attack, args, cell.dataset)
-        if checkpoint.exists(networks.directory() / spec.digest / "network"):
-            return 0.0
-        return _HEAVIER.get(cell.arch, 1.0) * _TRAINING[cell.dataset] * spec.epochs
+        cache = networks.directory()
+        specs = [scene.planned(cell.attack, args, cell.dataset)]
+        if specs[0].kind in attacks.ON_SURROGATE and not checkpoint.exists(
+                cache / specs[0].digest / "network"):
+            specs.append(networks.benign(specs[0],
+                                         presets.PRESETS[cell.dataset].surrogate_epochs))
+        epoch = (networks.epoch_seconds(cell.dataset, cell.arch, cache)
+                 or _HEAVIER.get(cell.arch, 1.0) * _TRAINING[cell.dataset])
+        return {spec.digest: epoch * spec.epochs for spec in specs
+                if not checkpoint.exists(cache / spec.digest / "network")}
 
 
 def _kind(cell: Cell) -> tuple:

@@ -17,6 +17,7 @@ from experiments import (
     defending,
     figure_cells,
     networks,
+    presets,
     report,
     scene,
     table_cells,
@@ -247,7 +248,7 @@ def test_what_would_end_after_the_budget_is_not_begun(tmp_path, asked, capsys):
     some = ["--tables", "awm8", "--defence", "ibau", "--seeds", "1"]
     assert _run(tmp_path, *some, "--budget", "1") == 0  # each would train a network first
     assert asked == [] and "24 purifications are missing" in capsys.readouterr().out
-    assert _run(tmp_path, *some, "--budget", "8") == 0  # 7.3 minutes for most, thrice for one
+    assert _run(tmp_path, *some, "--budget", "12") == 0  # 11 minutes for most, 26 for one
     assert len(asked) == 15 and not any("_a2a/" in name for name in asked)
     assert not any("/5000/" in name for name in asked)  # half an hour
     assert "9 purifications are missing" in capsys.readouterr().out
@@ -287,6 +288,15 @@ def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, mon
     args = cli.parser().parse_args(tables._arguments(cell, options))
     scene.make(cell.attack, args, data.load("digits"), networks.directory())
     assert estimates.total([cell]) == untrained - 2 * 10.0
+    # From then on, epochs are as long as that network's were; two networks share a surrogate.
+    monkeypatch.setitem(presets.PRESETS, "digits", dataclasses.replace(
+        presets.PRESETS["digits"], surrogate_epochs=5))
+    others = [cell._replace(attack=name) for name in ("trojan_sq", "trojan_wm")]
+    epoch = networks.epoch_seconds("digits", "tiny_cnn", networks.directory())
+    assert 0 < epoch < 60
+    assert networks.epoch_seconds("digits", "small_vgg", networks.directory()) is None
+    assert estimates.total(others) == pytest.approx(
+        sum(map(estimates.of, others)) + (2 + 2 + 5) * epoch)
 
 
 def test_report_by_hand(tmp_path, asked, capsys):

@@ -19,12 +19,14 @@ class Column(NamedTuple):
       defence: a key of `awm_jax.defences.DEFENCES`; empty if it is not available here.
       options: of `experiments.oneshot`, beyond those of the table.
       lacking: why it is not available here; empty if it is.
+      samples: the table's numbers of clean images that it is run with; empty for all.
     """
 
     heading: str
     defence: str
     options: tuple[str, ...] = ()
     lacking: str = ""
+    samples: tuple[Samples, ...] = ()
 
 
 class Table(NamedTuple):

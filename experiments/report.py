@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from awm_jax import metrics
-from experiments import cli, kept, pages, report_figures, results, tables
+from experiments import cli, kept, pages, report_defences, report_figures, results, tables
 from experiments.kept import Kept
 from experiments.pages import Heading, Page, Rows
-from experiments.table_cells import TABLES, Scores, Table
+from experiments.table_cells import OWN, TABLES, Scores, Table
 
 _MISSING, _LACKING = "missing", "not available here"
 _ASR = {"asr_all": "ASR over all test images", "asr": "ASR without the images of the attacker's "
@@ -150,6 +150,9 @@ def _front(held: Kept, drawn: Rows, findings: pathlib.Path) -> Page:
         "A place passes if the mean ASR over seeds, counted as the table's paper does, is below "
         "1.5/c.",
         f"Not begun: {'; '.join(others) or 'none'}.",
+        *(f"This project's own: [{table.title}]({name}.md), "
+          f"{report_defences.count(name, table.network(), held.cells)} places filled."
+          for name, table in OWN.items()),
         drawn,
         f"Hardware and versions: {versions or 'none yet'}.",
         f"Commits: {', '.join(commits) or 'none yet'}."])
@@ -161,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
     held = kept.collect(args.runs, kept.read(path))
     results.write_json(path, held._asdict())
     every = {name: _page(name, held.cells) for name in TABLES}
+    every |= report_defences.make(held)
     every |= report_figures.make(held, args.out)
     texts = {f"{name}.md": pages.markdown(page) for name, page in every.items()}
     texts["README.md"] = pages.markdown(_front(

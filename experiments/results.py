@@ -16,6 +16,8 @@ import numpy as np
 from awm_jax import metrics, programs
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
+from experiments import pages
+from experiments.pages import Rows
 
 
 def versions() -> dict[str, str]:
@@ -142,27 +144,24 @@ def table(cells: list[dict], num_classes: int) -> str:
     return "\n".join(lines)
 
 
-def matrix(cells: list[dict]) -> str:
-    """Markdown table, a row a defence and a column an attack, each 'ACC / ASR / DER'.
+def matrix(cells: list[dict]) -> Rows:
+    """A row a defence and a column an attack, each 'ACC / ASR / DER'.
 
     Args:
       cells: as `table` takes them.
 
     Returns:
-      The table; means and standard deviations over seeds, a dash where nothing was run.
+      The table, its head first; means and standard deviations over seeds, a dash where nothing
+      was run.
     """
     groups = _groups(cells)
     attacks = list(dict.fromkeys(attack for attack, _ in groups))
-    lines = [f"| ACC / ASR / DER | {' | '.join(attacks)} |", "|" + "---|" * (len(attacks) + 1)]
-
-    def row(name, entry):
-        return f"| {name} | {' | '.join(map(entry, attacks))} |"
 
     def before(attack):
         first = next(group[0] for (other, _), group in groups.items() if other == attack)
         return f"{first['before']['acc']:.1f} / {first['before']['asr']:.1f}"
 
-    lines.append(row("before", before))
+    rows = [["ACC / ASR / DER", *attacks], ["before", *map(before, attacks)]]
     for defence in dict.fromkeys(defence for _, defence in groups):
         def entry(attack, defence=defence):
             group = groups.get((attack, defence))
@@ -172,25 +171,24 @@ def matrix(cells: list[dict]) -> str:
                 [cell["after"]["acc"] for cell in group], [cell["after"]["asr"] for cell in group],
                 [cell["der"] for cell in group]))
 
-        lines.append(row(defence, entry))
-    return "\n".join(lines)
+        rows.append([defence, *map(entry, attacks)])
+    return rows
 
 
 _NEEDS = {"clean": "clean images", "nothing": "none", "training": "poisoned training set"}
 
 
-def summary(cells: list[dict]) -> str:
-    """Markdown table, a row a defence: what it is, what it needs, what it does on average.
+def summary(cells: list[dict]) -> Rows:
+    """A row a defence: what it is, what it needs, what it does on average.
 
     Args:
       cells: as `table` takes them.
 
     Returns:
-      The table; each figure is a mean over attacks of means over seeds.
+      The table, its head first; each figure is a mean over attacks of means over seeds.
     """
     groups = _groups(cells)
-    lines = ["| defence | paper | data | s | ACC | ASR | DER | attacks | seeds |",
-             "|" + "---|" * 9]
+    rows = [["defence", "paper", "data", "s", "ACC", "ASR", "DER", "attacks", "seeds"]]
     for name in dict.fromkeys(defence for _, defence in groups):
         mine = [group for (_, defence), group in groups.items() if defence == name]
 
@@ -202,16 +200,17 @@ def summary(cells: list[dict]) -> str:
         needs = "" if defence is None else _NEEDS[defence.needs]
         seconds = np.median([cell["seconds"] for group in mine for cell in group])
         seeds = sorted({len(group) for group in mine})
-        lines.append(
-            f"| `{name}` | {paper} | {needs} | {seconds:.0f} | "
-            f"{mean(lambda cell: cell['after']['acc']):.1f} | "
-            f"{mean(lambda cell: cell['after']['asr']):.1f} | "
-            f"{mean(lambda cell: cell['der']):.1f} | {len(mine)} | {'-'.join(map(str, seeds))} |")
-    return "\n".join(lines)
+        rows.append([
+            f"`{name}`", paper, needs, f"{seconds:.0f}",
+            f"{mean(lambda cell: cell['after']['acc']):.1f}",
+            f"{mean(lambda cell: cell['after']['asr']):.1f}",
+            f"{mean(lambda cell: cell['der']):.1f}", str(len(mine)), "-".join(map(str, seeds))])
+    return rows
 
 
 def report(cells: list[dict], num_classes: int) -> str:
     """`table`, and above it `summary` and `matrix` where there is more than one defence."""
     text = table(cells, num_classes)
     several = len({cell["defence"] for cell in cells}) > 1
-    return f"{summary(cells)}\n\n{matrix(cells)}\n\n{text}" if several else text
+    above = [pages.rows_of(rows) for rows in (summary(cells), matrix(cells))] if several else []
+    return "\n\n".join([*above, text])

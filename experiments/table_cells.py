@@ -2,18 +2,23 @@
 
 from collections.abc import Iterator
 
-from experiments import figure_cells, tables_anp, tables_awm, tables_ft_sam
+from experiments import figure_cells, tables_anp, tables_awm, tables_ft_sam, tables_own
 from experiments.cells import Cell, Column, Samples, Scores, Table
 
-__all__ = ["PLANS", "TABLES", "USUAL", "Cell", "Column", "Samples", "Scores", "Table", "cells"]
+__all__ = ["OWN", "PLANS", "TABLES", "USUAL", "Cell", "Column", "Samples", "Scores", "Table",
+           "cells"]
 
 TABLES = {**tables_awm.TABLES, **tables_anp.TABLES, **tables_ft_sam.TABLES}
 
-# Figures whose points are purifications are run like tables.
-PLANS = {**TABLES, **{name: figure.table for name, figure in figure_cells.FIGURES.items()}}
+OWN = tables_own.TABLES
 
-# What is run unless told otherwise: all that the small VGG does, which 2 cores can.
-USUAL = tuple(name for name, table in PLANS.items() if table.network() == "small_vgg")
+# Figures whose points are purifications are run like tables.
+PLANS = {**TABLES, **{name: figure.table for name, figure in figure_cells.FIGURES.items()},
+         **OWN}
+
+# What is run unless told otherwise: all of the papers that the small VGG does, which 2 cores can.
+USUAL = tuple(name for name, table in PLANS.items()
+              if table.network() == "small_vgg" and name not in OWN)
 
 
 def cells(names: tuple[str, ...], seeds: int, arch: str | None = None) -> Iterator[Cell]:
@@ -36,6 +41,6 @@ def cells(names: tuple[str, ...], seeds: int, arch: str | None = None) -> Iterat
             for samples in table.samples:
                 for attack in table.attacks:
                     for column in table.columns:
-                        if not column.lacking:
+                        if not column.lacking and samples in (column.samples or (samples,)):
                             yield Cell(name, attack, samples, column, seed, table.dataset,
                                        table.network(arch), table.networks.get(attack, ()))

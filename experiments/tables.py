@@ -29,7 +29,8 @@ RUNS = pathlib.Path("runs/tables")
 # Seconds one-shot on GTSRB, small VGG, 2 cores (docs/defences.md): only what orders the work until
 # a cell of the same kind was timed here.
 _SECONDS, _USUAL = {"ibau": 22.0}, 70.0
-_ANY_NUMBER = {"anp": 2700.0, "swm": 2700.0}  # so many steps, however many images there are
+# So many steps, or the whole training set, however many clean images there are.
+_ANY_NUMBER = {"anp": 420.0, "swm": 420.0, "ac": 400.0, "abl": 6000.0}
 # Seconds an epoch, until a network of the kind was trained here.
 _TRAINING = {"gtsrb": 110.0, "cifar10": 145.0, "mnist": 150.0, "tiny_imagenet": 2000.0}
 # Multiplications for an image, the small VGG's being 1: rounded counts, not times.
@@ -97,6 +98,7 @@ class Estimates:
         self._args, self._runs = args, args.runs
         self._times: dict[tuple, list[float]] = {}
         self._trained: set[tuple] = set()
+        self._training: dict[tuple, dict[str, float]] = {}
         for where, run in found.items():
             for (attack, samples, defence, _), cell in run["done"].items():
                 # Of some data sets the name has a digest.
@@ -107,7 +109,10 @@ class Estimates:
     def add(self, cell: Cell, seconds: float) -> None:
         """A cell that took so long, evaluation and loading included."""
         self._times.setdefault(_kind(cell), []).append(seconds)
-        self._trained.add(_network(folder(cell, self._runs), cell.attack))
+        network = _network(folder(cell, self._runs), cell.attack)
+        if network not in self._trained:
+            self._trained.add(network)
+            self._training.clear()  # epochs of a known length, and perhaps a surrogate more
 
     def of(self, cell: Cell) -> float:
         """Seconds that a purification will take, its network at hand."""
@@ -121,18 +126,25 @@ class Estimates:
 
     def total(self, cells: list[Cell]) -> float:
         """Seconds that several will take, with the training of networks that no cell had yet."""
-        new = {_network(folder(cell, self._runs), cell.attack): cell for cell in cells}
         training: dict[str, float] = {}
-        for network, cell in new.items():
-            if network not in self._trained:
-                training.update(self._training(cell))
+        for cell in cells:
+            training.update(self.training(cell))
         return sum(map(self.of, cells)) + sum(training.values())
 
-    def _training(self, cell: Cell) -> dict[str, float]:
+    def training(self, cell: Cell) -> dict[str, float]:
         """Seconds that a cell's network takes to train, and its trigger's surrogate, by digest.
 
-        None of what the cache has.
+        None of what the cache has, or an earlier cell had.
         """
+        network = _network(folder(cell, self._runs), cell.attack)
+        if network in self._trained:
+            return {}
+        if network not in self._training:
+            self._training[network] = self._of_training(cell)
+        return self._training[network]
+
+    def _of_training(self, cell: Cell) -> dict[str, float]:
+        """As `training`, asking the cache."""
         args = cli.parser().parse_args(_arguments(cell, self._args))
         cache = networks.directory()
         specs = [scene.planned(cell.attack, args, cell.dataset)]
@@ -174,8 +186,8 @@ def _purify(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return next(c for c in done["cells"].values() if c["seed"] == cell.seed)
 
 
-def _missing(args: argparse.Namespace, estimates: Estimates) -> list[Cell]:
-    """Cells that no run has, the first seeds first, and of each seed the cheapest."""
+def _missing(args: argparse.Namespace) -> list[Cell]:
+    """Cells that no run has."""
     found = read(args.runs)
     seen, cells = set(), []
     for cell in table_cells.cells(args.tables, args.seeds, args.arch):
@@ -187,25 +199,39 @@ def _missing(args: argparse.Namespace, estimates: Estimates) -> list[Cell]:
         if key not in seen and result(cell, found, args.runs) is None:
             seen.add(key)
             cells.append(cell)
-    return sorted(cells, key=lambda cell: (cell.seed, estimates.of(cell)))
+    return cells
+
+
+def _next(left: list[Cell], estimates: Estimates, seconds: float) -> tuple[Cell | None, float]:
+    """What to do in the time that is left, and how long it will take.
+
+    First seeds first, and of each seed the cheapest, the training of its network included: what
+    there are networks for is done before others are trained.
+    """
+    costs = [(cell.seed, estimates.total([cell]), i) for i, cell in enumerate(left)]
+    fitting = [cost for cost in costs if cost[1] <= seconds]
+    if not fitting:
+        return None, 0.0
+    _, expected, i = min(fitting)
+    return left[i], expected
 
 
 def run(args: argparse.Namespace) -> int:
     """The whole job; returns how many cells are still missing."""
     estimates = Estimates(read(args.runs), args)
-    missing, ends = _missing(args, estimates), time.monotonic() + 60 * args.budget
-    print(f"{len(missing)} purifications are missing, about "
-          f"{estimates.total(missing) / 3600:.1f} h; {args.budget:g} min are given.",
+    left, ends = _missing(args), time.monotonic() + 60 * args.budget
+    print(f"{len(left)} purifications are missing, about "
+          f"{estimates.total(left) / 3600:.1f} h; {args.budget:g} min are given.",
           flush=True)
-    left = list(missing)
-    for cell in missing:
-        expected = estimates.total([cell])
-        if time.monotonic() + expected > ends:
-            continue  # a cheaper one of another seed may still fit
+    while True:
+        cell, expected = _next(left, estimates, ends - time.monotonic())
+        if cell is None:
+            break
         started, name = time.monotonic(), " ".join(map(str, (*cell[:3], cell.column.heading)))
         print(f"{name}, seed {cell.seed}: begun, about {expected / 60:.0f} min", flush=True)
+        trained = not estimates.training(cell)
         done = _purify(cell, args)
-        estimates.add(cell, time.monotonic() - started)
+        estimates.add(cell, time.monotonic() - started if trained else done["seconds"])
         left.remove(cell)
         rest = estimates.total(left) / 3600
         print(f"{name}, seed {cell.seed}: ACC {done['after']['acc']:.1f}, ASR "

@@ -23,7 +23,7 @@ from experiments import (
     table_cells,
     tables,
 )
-from experiments.table_cells import PLANS, TABLES
+from experiments.table_cells import OWN, PLANS, TABLES
 
 
 def _scores(acc, asr):
@@ -287,6 +287,7 @@ def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, mon
     untrained = estimates.total([cell])
     args = cli.parser().parse_args(tables._arguments(cell, options))
     scene.make(cell.attack, args, data.load("digits"), networks.directory())
+    estimates = tables.Estimates({}, options)
     assert estimates.total([cell]) == untrained - 2 * 10.0
     # From then on, epochs are as long as that network's were; two networks share a surrogate.
     monkeypatch.setitem(presets.PRESETS, "digits", dataclasses.replace(
@@ -297,6 +298,43 @@ def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, mon
     assert networks.epoch_seconds("digits", "small_vgg", networks.directory()) is None
     assert estimates.total(others) == pytest.approx(
         sum(map(estimates.of, others)) + (2 + 2 + 5) * epoch)
+
+
+def test_what_there_are_networks_for_comes_before_what_would_train_others(tmp_path, asked):
+    """Dear defences on networks at hand before cheap ones on networks that are not."""
+    some = ["--tables", "awm8", "--samples", "one-shot", "--seeds", "1", "--budget", "1e6"]
+    assert _run(tmp_path, *some, "--defence", "ibau,awm") == 0
+    names = [name.split("/")[0] for name in asked]
+    assert names == [name for name in dict.fromkeys(names) for _ in range(2)]
+    assert names[0] == "badnets" and names[-1] == "trojan_a2a"  # no surrogate; thrice the epochs
+
+
+def test_every_defence_against_every_attack(tmp_path, asked):
+    cells = list(table_cells.cells(("defences",), 2))
+    assert len(cells) == 2 * 20 * (2 * len(DEFENCES) - 3)  # clp, ac and abl need no clean images
+    assert {cell.attack for cell in cells} == set(attacks.ATTACKS)
+    assert {cell.column.defence for cell in cells} == set(DEFENCES)
+    assert not any(cell.samples == 500 and cell.column.defence in ("clp", "ac", "abl")
+                   for cell in cells)
+    # What the papers' tables have is run once.
+    _run(tmp_path, "--tables", "awm8", "--defence", "ibau", "--samples", "one-shot", "--seeds",
+         "2", "--budget", "1e6")
+    before = len(asked)
+    _run(tmp_path, "--tables", "defences", "--defence", "ibau,clp", "--seeds", "2", "--budget",
+         "1e6")
+    assert len(asked) == before + 2 * (20 + 20 + 20 - 6)
+    out = tmp_path / "out"
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    page = (out / "defences.md").read_text()
+    one, more = page.split("## small_vgg, 500 clean images")
+    assert "## small_vgg, one image a class" in one and "| clp |" in one and "| clp |" not in more
+    # ASR without the attacker's class: half the stand-in's; DER (49 - 1.75 - 8.5 + 100) / 2.
+    entry = "90.5±0.7 / 1.8±0.4 / 69.4±0.2"
+    assert f"| ibau | {' | '.join([entry] * 20)} |" in more
+    assert "| none | 100 | 90.5 | 1.8 | 69.4 | 20 | 2 |" in one
+    places = f"{3 * 20} of {20 * (2 * len(DEFENCES) - 3)} places filled"
+    front = (out / "README.md").read_text()
+    assert f"(defences.md), {places}." in front and "defences.md" not in front.split(places)[1]
 
 
 def test_report_by_hand(tmp_path, asked, capsys):
@@ -317,8 +355,9 @@ def test_report_by_hand(tmp_path, asked, capsys):
     assert re.search(r"Table 8 .*\| 24 of 96 \| 2 \| 24 \| 0 \| \d+ \|", front)
     assert "machine test" in front
     page = (out / "tables.html").read_text()
-    # Figures of which nothing was run have none, but for those whose points are listed.
-    assert page.count("<table>") == len(PLANS) and "<script" not in page
+    # Figures of which nothing was run have none, but for those whose points are listed; of this
+    # project's own, averages and scores for one-shot and for 500.
+    assert page.count("<table>") == len(PLANS) - len(OWN) + 4 and "<script" not in page
 
     (out / "findings.md").write_text("By hand.\n")
     assert report.main(argv) == 0

@@ -1,0 +1,17 @@
+"""This project's own table: every defence against every attack, wherever a paper has it or not."""
+
+from awm_jax.attacks import ATTACKS
+from awm_jax.defences import DEFENCES
+from experiments.cells import ONE, Column, Table
+
+# What does not look at the clean images is run once, not once for each number of them.
+_COLUMNS = tuple(Column(name, name, samples=() if defence.needs == "clean" else (ONE,))
+                 for name, defence in DEFENCES.items())
+
+TABLES = {
+    "defences": Table("Every defence against every attack: GTSRB, small VGG", "gtsrb", "small_vgg",
+                      tuple(ATTACKS), (ONE, 500), _COLUMNS, {}, {},
+                      "Every defence with its default settings (its paper's, where one is known); "
+                      "nothing was chosen by looking at triggered images of these networks.",
+                      ("acc", "asr", "der")),
+}

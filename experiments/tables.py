@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from awm_jax import attacks, checkpoint, models
-from awm_jax.defences import DEFENCES
+from awm_jax.defences import DEFENCES, AWMConfig
 from experiments import cli, networks, oneshot, presets, scene, table_cells
 from experiments.table_cells import PLANS, USUAL, Cell
 
@@ -122,6 +122,8 @@ class Estimates:
         if cell.column.defence in _ANY_NUMBER:
             return heavier * _ANY_NUMBER[cell.column.defence]
         images = cell.samples if isinstance(cell.samples, int) else 43
+        if isinstance(DEFENCES[cell.column.defence].default, AWMConfig):
+            images = min(images, 400)  # as many steps; batches, 16 one-shot, grow to 128
         return heavier * _SECONDS.get(cell.column.defence, _USUAL) * max(1.0, images / 50)
 
     def total(self, cells: list[Cell]) -> float:

@@ -71,6 +71,14 @@ class OneBlockCNN(TinyCNN):
         return {"bn1": "conv1"}
 
 
+@pytest.fixture(scope="module")
+def optimised():
+    """Compiles as for users: for tests that run for longer than their programs take to compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tiny_is_known():
     ours = {"tiny_cnn": TinyCNN, "one_block_cnn": OneBlockCNN}

@@ -118,6 +118,7 @@ def test_a_step_moves_the_pattern_and_not_the_mask():
     assert moved(new.trigger.pattern, state.trigger.pattern) == pytest.approx(0.01, rel=1e-2)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_masks_become_sparse_and_differ_on_real_images():
     images = data.load("digits").train_images[:256, ::2, ::2]
     attack = attacks.make("input_aware", KEY, (16, 16, 3), 10, images=images)

@@ -12,6 +12,8 @@ from awm_jax.attacks import ssba_networks as nets
 from awm_jax.types import Arch
 from experiments import networks
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 KEY = jax.random.key(0)
 SMALL = attacks.SSBAConfig(bits=4, steps=150, batch_size=16, l2=100.0)
 hide = jax.jit(nets.hide)

@@ -11,7 +11,8 @@ _COLUMNS = tuple(Column(name, name, samples=() if defence.needs == "clean" else 
 TABLES = {
     "defences": Table("Every defence against every attack: GTSRB, small VGG", "gtsrb", "small_vgg",
                       tuple(ATTACKS), (ONE, 500), _COLUMNS, {}, {},
-                      "Every defence with its default settings (its paper's, where one is known); "
-                      "nothing was chosen by looking at triggered images of these networks.",
+                      "Every defence with its default settings (its paper's, where one is known). "
+                      "AWM's were developed on other networks with such triggers, against "
+                      "all-to-all on the network here; the others are untuned.",
                       ("acc", "asr", "der")),
 }

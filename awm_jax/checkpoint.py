@@ -146,8 +146,10 @@ def load_tree(directory: Path, like: Any) -> Any:
 def metadata(directory: Path) -> dict[str, Any]:
     """What `save_tree` was given beside the tree, without reading that.
 
+    Of a network, from `save`: ``{'arch': ..., 'metadata': ...}``.
+
     Args:
-      directory: as `save_tree` wrote it.
+      directory: as `save_tree` or `save` wrote it.
 
     Returns:
       The metadata.

@@ -210,7 +210,11 @@ def epoch_seconds(dataset: str, arch: str, cache: pathlib.Path) -> float | None:
       cache: directory of networks.
 
     Returns:
-      The median of those in the cache, in seconds; None if there is none.
+      The median of those in the cache, in seconds, > 0; None if none says it.
+
+    Example:
+      >>> epoch_seconds('digits', 'small_vgg', pathlib.Path('nowhere')) is None
+      True
     """
     kept = (checkpoint.metadata(path)["metadata"].get("epoch_seconds")
             for path in cache.glob(f"{dataset}*-{arch}-*/network") if checkpoint.exists(path))

@@ -29,7 +29,7 @@ RUNS = pathlib.Path("runs/tables")
 # Seconds one-shot on GTSRB, small VGG, 2 cores (docs/defences.md): only what orders the work until
 # a cell of the same kind was timed here.
 _SECONDS, _USUAL = {"ibau": 22.0}, 70.0
-# So many steps, or the whole training set, however many clean images there are.
+# Guesses too: so many steps, or the whole training set, however many clean images there are.
 _ANY_NUMBER = {"anp": 420.0, "swm": 420.0, "ac": 400.0, "abl": 6000.0}
 # Seconds an epoch, until a network of the kind was trained here.
 _TRAINING = {"gtsrb": 110.0, "cifar10": 145.0, "mnist": 150.0, "tiny_imagenet": 2000.0}
@@ -134,9 +134,14 @@ class Estimates:
         return sum(map(self.of, cells)) + sum(training.values())
 
     def training(self, cell: Cell) -> dict[str, float]:
-        """Seconds that a cell's network takes to train, and its trigger's surrogate, by digest.
+        """Seconds that a cell's network takes to train, and its trigger's surrogate.
 
-        None of what the cache has, or an earlier cell had.
+        Args:
+          cell: which.
+
+        Returns:
+          Seconds by the networks' digests, without what the cache has; empty if an earlier cell had
+          the network.
         """
         network = _network(folder(cell, self._runs), cell.attack)
         if network in self._trained:

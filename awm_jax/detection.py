@@ -50,8 +50,7 @@ class Findings(NamedTuple):
     @property
     def lead(self) -> float:
         """How many times farther the most damaging trigger drives than the next class's, >= 1."""
-        second, first = np.maximum(np.sort(np.asarray(self.survey.damage))[-2:], _LEAST)
-        return float(first / second)
+        return float(self.survey.lead)
 
     @property
     def score(self) -> float:

@@ -75,7 +75,7 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batc
     """It disperses the answers within the epochs' own bound, from where the last one ended."""
     images = jnp.asarray(small_batch.images)
     settings = dataclasses.replace(_settings(inner_lr=0.5), taus=(0.5,))
-    found = _survey([1.0, 2.0, 9.0, 3.0], stay=0.01)
+    found = _survey([1.0, 2.0, 4.0, 3.0], stay=0.01)
     state = awm_steps.init(tiny, settings, found)
     assert int(state.suspect) == 4
     surveyed = state.triggers[settings.epochs:]

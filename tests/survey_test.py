@@ -63,11 +63,11 @@ def test_dispersal_from_probabilities_and_its_slope(x64):
     assert objective(z, 5, own) == dispersal(z, own)
 
 
-def _quadrants(shift, natural):
+def _quadrants(shift, natural, second):
     """A network that a test understands: which quadrant of an 8x8 image is bright, in four classes.
 
     The first pixel's red moves each answer to the next class, if ``shift``; its green drives
-    everything to class 0, by ``natural`` nats.
+    everything to class 0, by ``natural`` nats, the second pixel's to class 1, by ``second``.
     """
 
     def apply(params, images, **_):
@@ -75,35 +75,43 @@ def _quadrants(shift, natural):
         grey = images[:, :, :, 2].reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4)
         moved = shift * images[:, 0, 0, :1]
         answer = (1 - moved) * grey + moved * jnp.roll(grey, 1, axis=1)
-        return 20 * answer + natural * images[:, 0, 0, 1:2] * jnp.eye(4)[:1]
+        return (20 * answer + natural * images[:, 0, 0, 1:2] * jnp.eye(4)[:1]
+                + second * images[:, 0, 1, 1:2] * jnp.eye(4)[1:2])
 
     return apply
 
 
-@pytest.mark.parametrize("shift, suspect", [(1.0, 4), (0.0, 0)])
-def test_all_to_all_is_told_from_a_stronger_natural_weakness(monkeypatch, shift, suspect):
-    """Everything can be driven into class 0, and farther; with a shift that is not the backdoor."""
-    monkeypatch.setattr(survey_module.models, "apply", _quadrants(shift, 60.0))
+@pytest.mark.parametrize("shift, second, suspect", [
+    (1.0, 40.0, 4), (0.0, 40.0, 0), (1.0, 0.0, 0)])
+def test_all_to_all_is_told_from_a_natural_weakness(monkeypatch, shift, second, suspect):
+    """Everything can be driven into class 0: with a shift that is not the backdoor.
+
+    Unless it can be driven into no other class, half as far as that.
+    """
+    monkeypatch.setattr(survey_module.models, "apply", _quadrants(shift, 60.0, second))
     images = jnp.zeros((4, 2, 4, 2, 4, 3)).at[
         jnp.arange(4), jnp.arange(4) // 2, :, jnp.arange(4) % 2].set(0.5).reshape(4, 8, 8, 3)
-    images = images.at[:, 0, 0, :2].set(0.0)
+    images = images.at[:, 0, :2, :2].set(0.0)
     params = Params({}, {}, Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3)))
     found = survey(jax.random.key(0), params, lambda _: images, steps=20, tau=4.0)
     assert int(found.suspect) == suspect and int(found.damage.argmax()) == 0
-    if shift:
+    if suspect == 4:
         np.testing.assert_array_equal(found.trigger, found.dispersal)
         assert found.dispersal[0, 0, 0] > 0.5 and found.stay < 0.1 and found.kept > 0.9
     else:
         np.testing.assert_array_equal(found.trigger, found.triggers[0])
 
 
-@pytest.mark.parametrize("stay, kept, suspect", [
-    (0.05, 0.9, 3), (0.05, 0.2, 1), (0.4, 0.9, 1), (0.4, 0.2, 1),
+@pytest.mark.parametrize("second, stay, kept, suspect", [
+    (3.0, 0.05, 0.9, 3), (3.0, 0.05, 0.2, 1), (3.0, 0.4, 0.9, 1), (3.0, 0.4, 0.2, 1),
+    (2.0, 0.05, 0.9, 1),
 ])
-def test_only_a_dispersal_that_moves_all_and_keeps_classes_apart_is_suspected(stay, kept, suspect):
-    found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, 2.0]), jnp.zeros((2, 2, 1)),
+def test_only_a_dispersal_that_moves_all_and_keeps_classes_apart_is_suspected(
+        second, stay, kept, suspect):
+    """And that only where no class stands out."""
+    found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, second]), jnp.zeros((2, 2, 1)),
                    jnp.array(stay), jnp.array(kept))
-    assert int(found.suspect) == suspect
+    assert int(found.suspect) == suspect and float(found.lead) == pytest.approx(5 / second)
 
 
 def test_bounds_damage_and_determinism(tiny, small_batch):
@@ -114,6 +122,9 @@ def test_bounds_damage_and_determinism(tiny, small_batch):
     norms = np.abs(found.triggers).sum(axis=(1, 2, 3))
     assert (norms > 0).all() and (norms <= 1.5 * (1 + 1e-5)).all()
     assert 0 < float(jnp.abs(found.dispersal).sum()) <= 0.75 * (1 + 1e-5)
+    assert found.sparser.shape == (2, 8, 8, 3)
+    for delta, divisor in zip(found.sparser, (4, 8), strict=True):
+        assert 0 < float(jnp.abs(delta).sum()) <= 1.5 / divisor * (1 + 1e-5)
     again = look(jax.random.key(0))
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -137,6 +148,25 @@ def test_each_trigger_leads_towards_its_class(tiny, small_batch):
         before, after = (log_odds(models.apply(tiny, jnp.clip(x, 0, 1)), jnp.array(target))
                          for x in (images, images + delta[None]))
         assert after > before
+    rise = [log_odds(models.apply(tiny, jnp.clip(images + d[None], 0, 1)), found.suspect)
+            for d in (jnp.zeros((8, 8, 3)), found.sparser[1], found.sparser[0])]
+    assert rise == sorted(rise) and rise[0] < rise[1]  # the suspect's, the larger the farther
+
+
+def test_sparser_triggers_are_the_suspects_own_few_pixels(monkeypatch):
+    """One pixel drives hardest, but within a large bound many others do more together."""
+
+    def apply(params, images, **_):
+        del params
+        weak = images[:, :, :, 0].sum(axis=(1, 2)) + 4 * images[:, 0, 0, 0]
+        return jnp.stack([0 * weak, weak, 0 * weak], axis=1)
+
+    monkeypatch.setattr(survey_module.models, "apply", apply)
+    params = Params({}, {}, Arch(name="small_vgg", num_classes=3, image_shape=(8, 8, 1)))
+    found = survey(jax.random.key(0), params, lambda _: jnp.zeros((2, 8, 8, 1)), steps=40, tau=8.0)
+    assert int(found.suspect) == 1
+    shares = [float(d[0, 0, 0] / d.sum()) for d in (found.trigger, *found.sparser)]
+    np.testing.assert_allclose(shares, [1 / 8, 1 / 2, 1], rtol=0.05)
 
 
 def test_a_published_backdoor_stands_out(shared_data, monkeypatch):

@@ -17,7 +17,7 @@ import numpy as np
 
 from awm_jax.attacks import Attack, Trigger
 from awm_jax.defences import AWMConfig, purify
-from awm_jax.defences.survey import Survey
+from awm_jax.defences.survey import LEADS_BELOW, Survey
 from experiments import cli, defending, networks, pages, results, scene
 from experiments.scene import Scene
 
@@ -77,7 +77,7 @@ def told(survey: Survey, trigger: jax.Array, target: int) -> Survey:
     damage = jnp.asarray(survey.damage)
     return survey._replace(
         triggers=jnp.asarray(survey.triggers).at[target].set(trigger),
-        damage=damage.at[target].set(2 * damage.max() + 1), stay=jnp.ones(()))
+        damage=damage.at[target].set((LEADS_BELOW + 1) * damage.max() + 1))
 
 
 def _fits(attack: Attack) -> jax.Array:

@@ -122,9 +122,6 @@ def test_bounds_damage_and_determinism(tiny, small_batch):
     norms = np.abs(found.triggers).sum(axis=(1, 2, 3))
     assert (norms > 0).all() and (norms <= 1.5 * (1 + 1e-5)).all()
     assert 0 < float(jnp.abs(found.dispersal).sum()) <= 0.75 * (1 + 1e-5)
-    assert found.sparser.shape == (2, 8, 8, 3)
-    for delta, divisor in zip(found.sparser, (4, 8), strict=True):
-        assert 0 < float(jnp.abs(delta).sum()) <= 1.5 / divisor * (1 + 1e-5)
     again = look(jax.random.key(0))
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -148,25 +145,6 @@ def test_each_trigger_leads_towards_its_class(tiny, small_batch):
         before, after = (log_odds(models.apply(tiny, jnp.clip(x, 0, 1)), jnp.array(target))
                          for x in (images, images + delta[None]))
         assert after > before
-    rise = [log_odds(models.apply(tiny, jnp.clip(images + d[None], 0, 1)), found.suspect)
-            for d in (jnp.zeros((8, 8, 3)), found.sparser[1], found.sparser[0])]
-    assert rise == sorted(rise) and rise[0] < rise[1]  # the suspect's, the larger the farther
-
-
-def test_sparser_triggers_are_the_suspects_own_few_pixels(monkeypatch):
-    """One pixel drives hardest, but within a large bound many others do more together."""
-
-    def apply(params, images, **_):
-        del params
-        weak = images[:, :, :, 0].sum(axis=(1, 2)) + 4 * images[:, 0, 0, 0]
-        return jnp.stack([0 * weak, weak, 0 * weak], axis=1)
-
-    monkeypatch.setattr(survey_module.models, "apply", apply)
-    params = Params({}, {}, Arch(name="small_vgg", num_classes=3, image_shape=(8, 8, 1)))
-    found = survey(jax.random.key(0), params, lambda _: jnp.zeros((2, 8, 8, 1)), steps=40, tau=8.0)
-    assert int(found.suspect) == 1
-    shares = [float(d[0, 0, 0] / d.sum()) for d in (found.trigger, *found.sparser)]
-    np.testing.assert_allclose(shares, [1 / 8, 1 / 2, 1], rtol=0.05)
 
 
 def test_a_published_backdoor_stands_out(shared_data, monkeypatch):

@@ -38,8 +38,6 @@ class Settings:
       survey_steps: trigger steps of the survey in all (at least 10 a class); 0 for none.
       suspects: how many of the survey's most damaging triggers are replayed; the worst also starts
         the second epoch's search.
-      sparser: the suspect's triggers within smaller bounds are replayed too: what these divide the
-        survey's bound by.
       pursuit: every second trigger goes for the survey's most damaging class, within this many
         times tau; 0 for none.
       pursuit_start: the first epoch, counted from 0, that may do so.
@@ -77,7 +75,6 @@ class Settings:
     monotone: bool
     survey_steps: int
     suspects: int
-    sparser: tuple[float, ...]
     pursuit: float
     pursuit_start: int
     all_to_all_alpha: float
@@ -90,7 +87,7 @@ class Settings:
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
            "layers": "conv", "spare": False, "monotone": False, "survey_steps": 0, "suspects": 0,
-           "sparser": (), "pursuit": 0.0, "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1",
+           "pursuit": 0.0, "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1",
            "l2_weight": 0.0, "recalibration": 0}
 
 _PAPER = {
@@ -105,8 +102,8 @@ VARIANTS: dict[str, dict] = {
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75, "spare": True,
-        "monotone": True, "survey_steps": 400, "suspects": 4,
-        "sparser": (4.0, 8.0), "pursuit": 4.0, "pursuit_start": 3, "all_to_all_alpha": 0.5,
+        "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
+        "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
     "paper": _PAPER,
     "official": {
@@ -131,10 +128,10 @@ class AWMConfig:
       images with and without the trigger, the outputs that the suspect network gives without it.
       The trigger is found by normalised steps, each followed by projection onto the L1 ball, so it
       is sparse. A survey comes first: one trigger towards every class, of which the four that drive
-      the network farthest, and two sparser ones towards the worst of these classes, are among the
-      triggers from the start; every second epoch searches for the worst of these classes again,
-      within four times the bound. Where the survey suspects an all-to-all backdoor instead, every
-      epoch searches for that, and alpha falls to .5 unless it is given. Two rules keep erased what was erased: three quarters of the images in a mask step
+      the network farthest are among the triggers from the start; every second epoch searches for
+      the worst of these classes again, within four times the bound. Where the survey suspects an
+      all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
+      given. Two rules keep erased what was erased: three quarters of the images in a mask step
       carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
       masked against an all-to-all backdoor only: their filters serve every class, and masking them
       against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
@@ -249,7 +246,6 @@ class AWMConfig:
             values["taus"] = _as_tuple(self.tau)
         if not values["replay"]:  # what the survey finds is used by replaying it
             values["survey_steps"] = values["suspects"] = 0
-            values["sparser"] = ()
             values["pursuit"] = 0.0
         if self.alpha is not None:
             values["all_to_all_alpha"] = values["alpha"]

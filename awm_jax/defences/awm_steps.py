@@ -258,7 +258,7 @@ def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
     steps = max(10, settings.survey_steps // params.arch.num_classes)
     return survey(jax.random.fold_in(key, settings.epochs + 1), params,
                   lambda k: awm_batches.minibatch(k, images, labels, settings)[0], steps=steps,
-                  tau=2 * settings.taus[0], sparser=settings.sparser)
+                  tau=2 * settings.taus[0])
 
 
 def init(params: Params, settings: Settings, found: Survey | None = None) -> AWMState:
@@ -267,8 +267,7 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     Args:
       params: the suspect network.
       settings: from `AWMConfig.resolve`.
-      found: from `look`; its most damaging triggers, and the suspect's sparser ones, are replayed
-        from the start.
+      found: from `look`; its most damaging triggers are replayed from the start.
     """
     layers = settings.layers
     if layers == "deep":  # a network without convolutions is masked as by 'conv'
@@ -281,8 +280,7 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
         worst = found.triggers[jnp.argsort(-found.damage)[:settings.suspects]]
         worst = jnp.where(suspect < len(found.damage), worst,
                           jnp.concatenate([found.dispersal[None], worst[:-1]]))
-        sparser = () if found.sparser is None else (found.sparser,)
-        triggers = jnp.concatenate([triggers, worst, *sparser])
+        triggers = jnp.concatenate([triggers, worst])
     return AWMState(masks, _optimiser(settings).init(masks), jnp.zeros((), jnp.int32),
                     jnp.array(True), triggers, suspect, params.batch_stats)
 

@@ -15,12 +15,11 @@ from awm_jax.types import Params
 STAYS_BELOW = 0.15
 KEEPS_ABOVE = 0.5
 # By how many times the first class's damage exceeded the second's: all-to-all, three networks in
-# nine searches, 1.02 to 1.29; l0-inv on CIFAR-10, one of whose three dispersals came to .148, 2.8.
+# nine searches, 1.02 to 1.29; l0-inv on CIFAR-10, one of whose three dispersals came to .148, 2.9.
 LEADS_BELOW = 2.0
 _LEAST = 1e-6  # nats: damages below it are taken as this
 _DISPERSAL_STEPS = 100
 _DISPERSAL_BATCHES = 4
-_SPARSER_STEPS, _SPARSER_STEP = 40, 0.5
 
 
 class Survey(NamedTuple):
@@ -37,9 +36,6 @@ class Survey(NamedTuple):
       kept: into how many classes its answers fall, as a share of those without it (the exponential
         of the entropy), >= 0. All-to-all backdoors alone make both ``stay`` small and ``kept``
         large: a weakness that a network has by nature sends everything into one class.
-      sparser: ``[k, H, W, C]`` the suspect's triggers within k smaller bounds: a backdoor of a few
-        pixels may be none of the strongest ways to its class, and still be the strongest with so
-        few. None in a survey that was made without.
     """
 
     triggers: jax.Array
@@ -47,7 +43,6 @@ class Survey(NamedTuple):
     dispersal: jax.Array
     stay: jax.Array
     kept: jax.Array
-    sparser: jax.Array | None = None
 
     @property
     def suspect(self) -> jax.Array:
@@ -144,63 +139,37 @@ def _entropy(p: jax.Array) -> jax.Array:
 
 
 class _Plan(NamedTuple):
-    """The searches, one after another: each step's place, key, and whether it only judges."""
+    """The searches, one after another: each step's target, key, and whether it only judges."""
 
-    place: np.ndarray
+    target: np.ndarray
     judge: np.ndarray
     keys: jax.Array
 
 
-def _plan(key: jax.Array, classes: int, steps: int, sparser: int) -> _Plan:
-    """The classes' searches, the dispersal, the sparser ones; what judges one comes at its end."""
+def _plan(key: jax.Array, classes: int, steps: int) -> _Plan:
+    """Every search ends with the batches that it is judged by."""
 
-    def keys(place, length, batches):
-        own = jax.random.split(jax.random.fold_in(key, place), length + batches)
+    def keys(target, length, batches):
+        own = jax.random.split(jax.random.fold_in(key, target), length + batches)
         return jnp.concatenate([own[batches:], own[:batches]])
 
-    each = jax.vmap(lambda place: keys(place, steps, 1))(jnp.arange(classes))
+    each = jax.vmap(lambda target: keys(target, steps, 1))(jnp.arange(classes))
     each = each.reshape(-1, *each.shape[2:])
-    searches = [(classes, _DISPERSAL_STEPS, _DISPERSAL_BATCHES)]
-    searches += [(classes + 1 + i, _SPARSER_STEPS, 0) for i in range(sparser)]
-    last = [keys(*search) for search in searches]
-    searches = [*((t, steps, 1) for t in range(classes)), *searches]
+    last = keys(classes, _DISPERSAL_STEPS, _DISPERSAL_BATCHES)
+    searches = [(t, steps, 1) for t in range(classes)]
+    searches.append((classes, _DISPERSAL_STEPS, _DISPERSAL_BATCHES))
     return _Plan(np.concatenate([np.full(n + b, t) for t, n, b in searches]),
                  np.concatenate([np.arange(n + b) >= n for _, n, b in searches]),
-                 jnp.concatenate([each, *last]))
-
-
-class _Sums(NamedTuple):
-    """What the triggers did where they were judged, as far as the searches have come."""
-
-    damage: jax.Array
-    stay: jax.Array
-    answered: jax.Array
-
-    def add(self, place, judge, logits: jax.Array, own: jax.Array) -> "_Sums":
-        """With one batch more: a class's damage, or a part of what the dispersal does."""
-        classes = len(self.damage)
-        p = jax.nn.softmax(logits)
-        stay = jnp.take_along_axis(p, own[:, None], axis=1).mean()
-        share = (judge & (place == classes)) / _DISPERSAL_BATCHES
-        hit = judge & (jnp.arange(classes) == place)
-        return _Sums(jnp.where(hit, losses.cross_entropy(logits, own), self.damage),
-                     self.stay + share * stay, self.answered + share * p.mean(axis=0))
-
-    def survey(self, found: jax.Array, before: jax.Array) -> Survey:
-        """What they add up to; ``before`` is the entropy of the answers without a trigger."""
-        classes = len(self.damage)
-        return Survey(found[:classes], self.damage, found[classes], self.stay,
-                      jnp.exp(_entropy(self.answered) - before), found[classes + 1:])
+                 jnp.concatenate([each, last]))
 
 
 def survey(key: jax.Array, params: Params, draw: Callable[[jax.Array], jax.Array], *, steps: int,
-           tau: float, sparser: tuple[float, ...] = (4.0, 8.0)) -> Survey:
+           tau: float) -> Survey:
     """``max_{||d||_1 <= tau} mean log p_t(x + d) / (1 - p_t(x + d))`` for every class t.
 
-    Then once more with `dispersal` as the objective, and for the suspect within smaller bounds.
-    Normalised gradient steps of length 1 (within smaller bounds 1/2), each followed by the nearest
-    point of the L1 ball, on fresh minibatches; search by search, so memory does not grow with their
-    number.
+    Then once more with `dispersal` as the objective. Normalised gradient steps of length 1, each
+    followed by the nearest point of the L1 ball, on fresh minibatches; search by search, so memory
+    does not grow with their number.
 
     Args:
       key: PRNG key.
@@ -208,7 +177,6 @@ def survey(key: jax.Array, params: Params, draw: Callable[[jax.Array], jax.Array
       draw: a key to a minibatch ``[B, H, W, C]`` in [0, 1].
       steps: steps a class, >= 1.
       tau: L1 bound, > 0; half of it for the dispersal, which larger triggers find less often.
-      sparser: what the smaller bounds divide it by, each > 0.
 
     Returns:
       `Survey`.
@@ -219,39 +187,36 @@ def survey(key: jax.Array, params: Params, draw: Callable[[jax.Array], jax.Array
     norm.
     """
     classes = params.arch.num_classes
-    plan = _plan(key, classes, steps, len(sparser))
-    bounds = jnp.array([*[tau] * classes, tau / 2, *(tau / n for n in sparser)])
+    plan = _plan(key, classes, steps)
 
     # One program for all that is asked of clean images, one for all that is asked of triggers:
     # compiling a network's passes takes longer than running them. A search towards a class asks
     # what the network says without the trigger only when it is judged.
-    asked = np.flatnonzero(plan.judge | (plan.place >= classes))
+    asked = np.flatnonzero(plan.judge | (plan.target == classes))
     answers = jax.lax.map(lambda k: models.apply(params, draw(k)).argmax(axis=1),
                           plan.keys[asked])
-    own = jnp.zeros((len(plan.place), answers.shape[1]), answers.dtype).at[asked].set(answers)
-    judged = jax.nn.one_hot(own[plan.judge & (plan.place == classes)], classes)
-    before = _entropy(judged.mean(axis=(0, 1)))
+    own = jnp.zeros((len(plan.target), answers.shape[1]), answers.dtype).at[asked].set(answers)
 
-    def step(carry, inputs):
-        found, sums = carry
-        place, judge, key, own = inputs
-        images, delta = draw(key), found[place]
-        suspect = sums.survey(found, before).suspect  # all are judged before the sparser searches
-        target = jnp.where(place > classes, suspect, place)
+    def step(found, inputs):
+        target, judge, key, own = inputs
+        images, delta = draw(key), found[target]
 
         def value(delta):
             logits = models.apply(params, jnp.clip(images + delta[None], 0, 1))
             return objective(logits, target, own), logits
 
         gradient, logits = jax.grad(value, has_aux=True)(delta)
-        length = jnp.where(place > classes, _SPARSER_STEP, 1.0)
-        ahead = delta + length * projections.unit(gradient)
-        ahead = jnp.clip(projections.l1_ball(ahead, bounds[place]), -1.0, 1.0)
-        return (found.at[place].set(jnp.where(judge, delta, ahead)),
-                sums.add(place, judge, logits, own)), None
+        bound = jnp.where(target == classes, tau / 2, tau)
+        ahead = jnp.clip(projections.l1_ball(delta + projections.unit(gradient), bound), -1.0, 1.0)
+        p = jax.nn.softmax(logits)
+        stay = jnp.take_along_axis(p, own[:, None], axis=1).mean()
+        return (found.at[target].set(jnp.where(judge, delta, ahead)),
+                (losses.cross_entropy(logits, own), stay, p.mean(axis=0)))
 
-    found = jnp.zeros((len(bounds), *params.arch.image_shape))
-    sums = _Sums(jnp.zeros(classes), jnp.zeros(()), jnp.zeros(classes))
-    (found, sums), _ = jax.lax.scan(
-        step, (found, sums), (jnp.asarray(plan.place), jnp.asarray(plan.judge), plan.keys, own))
-    return sums.survey(found, before)
+    found = jnp.zeros((classes + 1, *params.arch.image_shape))
+    found, (damage, stay, answered) = jax.lax.scan(
+        step, found, (jnp.asarray(plan.target), jnp.asarray(plan.judge), plan.keys, own))
+    last = slice(-_DISPERSAL_BATCHES, None)
+    before = jax.nn.one_hot(own[last], classes).mean(axis=(0, 1))
+    kept = jnp.exp(_entropy(answered[last].mean(axis=0)) - _entropy(before))
+    return Survey(found[:-1], damage[plan.judge][:classes], found[-1], stay[last].mean(), kept)

@@ -130,6 +130,7 @@ def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: 
         "der": metrics.defence_effectiveness(scene.before, after),
         "target": scene.attack.target, "clean_indices": indices, "status": found.status.name,
         "seconds": seconds, "commit": results.commit(),
+        "fingerprint": fingerprint(name, args, scene.dataset),
         "convolutions": results.convolutions(), **told,
     }
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from awm_jax import attacks, checkpoint, models
+from awm_jax import attacks, checkpoint, data, models
+from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig
-from experiments import cli, networks, oneshot, presets, scene, table_cells
+from experiments import cli, defending, networks, oneshot, presets, scene, table_cells
 from experiments.table_cells import PLANS, USUAL, Cell
 
 RUNS = pathlib.Path("runs/tables")
@@ -193,8 +194,21 @@ def _purify(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return next(c for c in done["cells"].values() if c["seed"] == cell.seed)
 
 
+def _fingerprint(cell: Cell, args: argparse.Namespace) -> str:
+    """Of the settings that a cell would be run with now; its data are not loaded for that."""
+    nothing = np.zeros(0)
+    dataset = Dataset(cell.dataset, nothing, nothing, nothing, nothing, 0, data.flips(cell.dataset))
+    asked = cli.parser().parse_args(_arguments(cell, args))
+    return defending.fingerprint(cell.column.defence, asked, dataset)
+
+
+def _current(cell: Cell, done: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether a purification had the settings of now; of one from before they were kept, yes."""
+    return "fingerprint" not in done or done["fingerprint"] == _fingerprint(cell, args)
+
+
 def _missing(args: argparse.Namespace) -> list[Cell]:
-    """Cells that no run has."""
+    """Cells that no run has, or only with settings that have changed since."""
     found = read(args.runs)
     seen, cells = set(), []
     for cell in table_cells.cells(args.tables, args.seeds, args.arch):
@@ -203,7 +217,8 @@ def _missing(args: argparse.Namespace) -> list[Cell]:
         if args.samples and cell.samples not in args.samples:
             continue
         key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
-        if key not in seen and result(cell, found, args.runs) is None:
+        done = result(cell, found, args.runs)
+        if key not in seen and (done is None or not _current(cell, done, args)):
             seen.add(key)
             cells.append(cell)
     return cells

@@ -138,6 +138,17 @@ def num_classes(name: str) -> int:
     return len(fixed[name])
 
 
+def flips(name: str) -> bool:
+    """Whether a horizontal flip keeps the labels of a data set, without loading it.
+
+    Example:
+      >>> flips('gtsrb'), flips('cifar10')
+      (False, True)
+    """
+    validate.choice(_SOURCES, dataset=name)
+    return _SOURCES[name].flip
+
+
 def load(name: str, data_dir: str | os.PathLike | None = None, *,
          image_size: int | tuple[int, int] | None = None, flip: bool = False) -> Dataset:
     """Loads a data set, preparing and caching it the first time and whenever its files change.

@@ -12,12 +12,11 @@ from awm_jax.defences import AWMConfig, awm_batches, awm_steps
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.base import finite_weights
 from awm_jax.defences.neural_cleanse import anomaly_index
-from awm_jax.defences.survey import KEEPS_ABOVE, STAYS_BELOW, Survey
+from awm_jax.defences.survey import KEEPS_ABOVE, LEAST_DAMAGE, STAYS_BELOW, Survey
 from awm_jax.types import Batch, Params
 
 # Chosen on GTSRB, where the first class of two networks without a backdoor led by 1.07 and 1.11.
 LEADS_BY = 1.35
-_LEAST = 1e-6  # nats: damages below it are taken as this
 _UNIVERSAL_STEPS = 50
 
 
@@ -79,7 +78,7 @@ def signed_anomaly(damage: jax.Array) -> jax.Array:
 
     Reference: Wang et al. 2019, section IV-C, there on the norms of masks.
     """
-    logs = jnp.log(jnp.maximum(damage, _LEAST))
+    logs = jnp.log(jnp.maximum(damage, LEAST_DAMAGE))
     return jnp.sign(logs - jnp.median(logs)) * anomaly_index(logs)
 
 

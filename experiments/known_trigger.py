@@ -59,7 +59,8 @@ def added(trigger: Trigger) -> jax.Array:
     whole = np.broadcast_to(mask == 1, pattern.shape)
     if np.any((mask != 0) & (mask != 1)) or not np.isin(pattern[whole], (0, 1)).all():
         raise ValueError("Expected a trigger that is added, or whose pixels are black or white in "
-                         "every channel; this one mixes with the image.")
+                         "every channel; this one mixes with the image. Choose an attack such "
+                         "as badnets, l0_inv or l2_inv.")
     return jnp.asarray(np.where(whole, 2 * pattern - 1, pattern))
 
 
@@ -73,6 +74,8 @@ def told(survey: Survey, trigger: jax.Array, target: int) -> Survey:
 
     Returns:
       `Survey`, no all-to-all backdoor suspected.
+
+    Example: `told(purified.survey, added(attack.trigger), attack.target)`.
     """
     damage = jnp.asarray(survey.damage)
     return survey._replace(
@@ -84,7 +87,7 @@ def _fits(attack: Attack) -> jax.Array:
     """What an attack adds; ValueError for one that has no such trigger, or no one target."""
     if attack.target is None or attack.parts or not isinstance(attack.trigger, Trigger):
         raise ValueError(f"Expected an attack with one fixed pattern and one target, got "
-                         f"{attack.name}.")
+                         f"{attack.name}. Choose one such as badnets, l0_inv or l2_inv.")
     return added(attack.trigger)
 
 
@@ -100,6 +103,11 @@ def measure(on_stage: Scene, seed: int, args: argparse.Namespace) -> list[dict[s
       A row a way: ``network``, ``way``, ``seed``, ``samples``, ``after`` (scores) and ``share``,
       of the trigger that the survey found for the attacker's class, summed as magnitudes, the
       part that lies where the true one does.
+
+    Raises:
+      ValueError: an attack of another kind, see `added`.
+
+    Example: see `run`.
     """
     config = defending.config("awm", args, on_stage.dataset)
     assert isinstance(config, AWMConfig)
@@ -124,6 +132,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     Args:
       rows: from `measure`.
+
+    Example:
+      >>> row = {'network': 'a', 'way': 'oracle', 'seed': 0, 'share': .5,
+      ...        'after': {'acc': 90., 'asr': 1., 'asr_all': 2.}}
+      >>> table([row]).splitlines()[-1]
+      '| a | oracle | 90.00 | 1.00 | 2.00 | 50.00 | 1 |'
     """
     lines = [["network", "survey", "ACC", "ASR", "ASR(all)", "of its trigger on the true one",
               "seeds"]]

@@ -11,7 +11,6 @@ import pytest
 
 from awm_jax import attacks, data, metrics
 from awm_jax.defences import DEFENCES
-from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.types import Arch
 from experiments import (
     cli,
@@ -245,27 +244,6 @@ def test_first_seeds_come_first_cheap_ones_before_dear_ones_and_nothing_twice(
     capsys.readouterr()
     assert _run(tmp_path, "--seeds", "2", *some) == 0
     assert len(asked) == before and "0 purifications are missing" in capsys.readouterr().out
-
-
-def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, monkeypatch):
-    """With `oneshot.run` itself: a release that changes a default leaves no old cell in a table."""
-    cell = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "awm")._replace(
-        dataset="digits", arch="tiny_cnn", network=("--epochs", "1"))
-    monkeypatch.setattr(tables.table_cells, "cells", lambda *_: iter([cell]))
-    options = _options(tmp_path)
-    options.digits_dir, options.budget = None, 1e6
-    monkeypatch.setitem(tables._TRAINING, "digits", 10.0)
-    monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "epochs": 1})
-    assert tables._missing(options) == [cell]
-    assert tables.run(options) == 0 and tables._missing(options) == []
-    monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "outer_lr": 0.02})
-    assert tables._missing(options) == [cell]
-    assert tables.run(options) == 0 and tables._missing(options) == []
-    found = tables.result(cell, tables.read(options.runs), options.runs)
-    assert found["fingerprint"] == tables._fingerprint(cell, options)
-    where = tables.folder(cell, options.runs) / "results.json"
-    cells = json.loads(where.read_text())["cells"]
-    assert len(cells) == 2  # the old one is still there for who wants it
 
 
 def test_what_would_end_after_the_budget_is_not_begun(tmp_path, asked, capsys):

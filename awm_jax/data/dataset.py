@@ -141,6 +141,12 @@ def num_classes(name: str) -> int:
 def flips(name: str) -> bool:
     """Whether a horizontal flip keeps the labels of a data set, without loading it.
 
+    Args:
+      name: one of `NAMES`; of a folder, who loads it says so.
+
+    Raises:
+      ValueError: another name.
+
     Example:
       >>> flips('gtsrb'), flips('cifar10')
       (False, True)

@@ -17,7 +17,7 @@ KEEPS_ABOVE = 0.5
 # By how many times the first class's damage exceeded the second's: all-to-all, three networks in
 # nine searches, 1.02 to 1.29; l0-inv on CIFAR-10, one of whose three dispersals came to .148, 2.9.
 LEADS_BELOW = 2.0
-_LEAST = 1e-6  # nats: damages below it are taken as this
+LEAST_DAMAGE = 1e-6  # nats: smaller ones are taken as this
 _DISPERSAL_STEPS = 100
 _DISPERSAL_BATCHES = 4
 
@@ -57,7 +57,7 @@ class Survey(NamedTuple):
     @property
     def lead(self) -> jax.Array:
         """How many times farther the most damaging trigger drives than the next class's, >= 1."""
-        second, first = jnp.maximum(jnp.sort(self.damage)[-2:], _LEAST)
+        second, first = jnp.maximum(jnp.sort(self.damage)[-2:], LEAST_DAMAGE)
         return first / second
 
     @property

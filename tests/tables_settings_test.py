@@ -1,0 +1,27 @@
+"""Cells of the papers' tables whose settings a release has changed."""
+
+import json
+
+from awm_jax.defences.awm_config import VARIANTS
+from experiments import table_cells, tables
+
+
+def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, monkeypatch):
+    """With `oneshot.run` itself: a release that changes a default leaves no old cell in a table."""
+    cell = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "awm")._replace(
+        dataset="digits", arch="tiny_cnn", network=("--epochs", "1"))
+    monkeypatch.setattr(tables.table_cells, "cells", lambda *_: iter([cell]))
+    options = tables._parser().parse_args(["--runs", str(tmp_path / "runs")])
+    options.digits_dir, options.budget = None, 1e6
+    monkeypatch.setitem(tables._TRAINING, "digits", 10.0)
+    monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "epochs": 1})
+    assert tables._missing(options) == [cell]
+    assert tables.run(options) == 0 and tables._missing(options) == []
+    monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "outer_lr": 0.02})
+    assert tables._missing(options) == [cell]
+    assert tables.run(options) == 0 and tables._missing(options) == []
+    found = tables.result(cell, tables.read(options.runs), options.runs)
+    assert found["fingerprint"] == tables._fingerprint(cell, options)
+    where = tables.folder(cell, options.runs) / "results.json"
+    cells = json.loads(where.read_text())["cells"]
+    assert len(cells) == 2  # the old one is still there for who wants it

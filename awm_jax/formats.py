@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -74,6 +75,9 @@ def read(path: Path, *, arch: str | None = None,
             params, notes = _from_checkpoint(path, arch, image_size)
         else:
             params, notes = _from_tensors(_tensors(path, kind), arch, image_size)
+            if kind == "pytorch" and (copies := torch_compat.copies(path)):
+                notes.append(f"the file has it again as {', '.join(copies)}, not looked at; a "
+                             "purified .pth holds the purified network there too")
     return params, Source(path.absolute(), kind, (*notes,))
 
 
@@ -82,7 +86,9 @@ def write(path: Path, params: Params, source: Source, *, overwrite: bool = False
 
     Names, order, dtypes and batch counters are the source's where it holds tensors; a PyTorch
     file's wrapper and its names' prefixes and a safetensors file's metadata go to the same format
-    only. ``arch.mean`` and ``arch.std`` have a place in a directory alone.
+    only. Copies of the network in a PyTorch file, such as its weights' average, are replaced too
+    (`awm_jax.torch_compat.copies`). ``arch.mean`` and ``arch.std`` have a place in a directory
+    alone.
 
     Args:
       path: what to write: ``.pth`` or ``.pt`` for PyTorch, ``.safetensors``, or no suffix for a
@@ -135,6 +141,7 @@ def check_target(path: Path, source_path: Path, *, overwrite: bool = False) -> N
     Raises:
       ValueError: another suffix, or the source itself, by whatever name.
       FileExistsError: something is there and ``overwrite`` is False, or it is of another format.
+      OSError: as `check_writable`.
 
     Example:
       >>> check_target('purified.onnx', 'suspect.pth')
@@ -152,10 +159,33 @@ def check_target(path: Path, source_path: Path, *, overwrite: bool = False) -> N
                              "network is read from and which is kept. Choose another name.")
         if os.path.lexists(path) and not overwrite:
             raise FileExistsError(f"Expected {path} to be free, there is something. Choose another "
-                                  "name or pass overwrite=True.")
+                                  "name (from Python, overwrite=True replaces it).")
         if path.is_dir() and kind != "orbax":
             raise FileExistsError(f"Expected {path} to be a file, it is a directory. Choose "
                                   "another name.")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file can be made there, tried in the nearest folder that there is.
+
+    Args:
+      path: what is to be written; folders on the way to it may be missing.
+
+    Raises:
+      OSError: a file in the place of a folder, or no right to write there.
+
+    Example: `check_writable('results/purified.pth')`.
+    """
+    path = pathlib.Path(path)
+    folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "is no folder" if not folder.is_dir() else f"cannot be written to ({error.strerror})"
+        raise OSError(f"Expected to be able to write {path}, {folder} {why}. Choose another "
+                      "place.") from error
 
 
 def fixed_size(arch_name: str) -> bool:

@@ -3,119 +3,19 @@
 import dataclasses
 import os
 import pathlib
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import torch_layouts
+from awm_jax import torch_files
+from awm_jax.torch_files import COUNTER, copies, load_state_dict
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
 
-_WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
-_COUNTER = "num_batches_tracked"
-
-
-def _torch():
-    """PyTorch, or a word on how to get it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            "Reading and writing PyTorch files needs PyTorch: pip install 'awm-jax[torch]'."
-        ) from error
-    return torch
-
-
-def _read(path: str | os.PathLike) -> Any:
-    """The object in a PyTorch file; nothing in it is executed."""
-    torch = _torch()
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a PyTorch file at {path}, found no file there.")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or the older bare pickle
-        raise OSError(f"{path} is no PyTorch file: neither a zip archive nor a pickle.")
-    try:
-        if start == b"PK":
-            _sound(path)
-        with path.open("rb") as file:  # by its name, PyTorch might take it for safetensors
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ValueError(
-            f"{path} was refused: it is damaged or holds more than tensors"
-            f"{f' ({named[1]})' if named else ''}, and loading that could run code of its "
-            "author's. Save the state_dict alone (torch.save(net.state_dict(), PATH)) where you "
-            "trust it."
-        ) from error
-    except Exception as error:  # Python and PyTorch raise many kinds for a damaged file
-        raise OSError(f"{path} is no whole PyTorch file: {_in_one_line(error)}") from error
-
-
-def _sound(path: pathlib.Path) -> None:
-    """OSError unless an archive's checksums hold: PyTorch reads on where they do not."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise OSError(f"the checksum of {damaged} in it is wrong.")
-
-
-def _in_one_line(error: Exception) -> str:
-    """What an error says, in one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _unwrap(content: Any) -> tuple[dict[str, Any], str | None]:
-    """The state_dict in a checkpoint, and the name it goes by there."""
-    torch = _torch()
-    for name in (None, *_WRAPPERS):
-        inner = content if name is None else content.get(name)
-        if isinstance(inner, dict) and inner and all(
-                isinstance(key, str) and isinstance(value, torch.Tensor)
-                for key, value in inner.items()):
-            return inner, name
-        if not isinstance(content, dict):
-            break
-    raise ValueError(
-        "Expected a state_dict or a dictionary with one under "
-        f"{', '.join(map(repr, _WRAPPERS))}; got {_describe(content)}."
-    )
-
-
-def _describe(content: Any) -> str:
-    """A few words on what a file held."""
-    if isinstance(content, dict):
-        return f"a dictionary with keys {', '.join(map(str, list(content)[:8]))}"
-    return type(content).__name__
-
-
-def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the state_dict in a PyTorch file without running any code in it.
-
-    Args:
-      path: a .pth or .pt file: a state_dict, or a dictionary that holds one as ``net``,
-        ``state_dict``, ``model`` or ``model_state_dict``; what wrappers put before all
-        names is dropped, see `awm_jax.torch_layouts.prefix`.
-
-    Returns:
-      Names to tensors.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: a pickle that wants to run code, or no state_dict in it.
-      OSError: damaged.
-
-    Example: `load_state_dict('network.pth')['classifier.weight'].shape`.
-    """
-    state, _ = _unwrap(_read(path))
-    return torch_layouts.without(torch_layouts.prefix(state), state)
-
+__all__ = ["arrays_from_params", "arrays_from_state_dict", "copies", "detect", "load",
+           "load_state_dict", "params_from_state_dict", "save", "state_dict_from_params"]
 
 def detect(state: Mapping[str, Any]) -> str:
     """The architecture whose names fit best; a few may be missing, which is reported later.
@@ -131,7 +31,7 @@ def detect(state: Mapping[str, Any]) -> str:
 
     Example: `detect(net.state_dict())`.
     """
-    found = {name for name in state if not name.endswith(_COUNTER)}
+    found = {name for name in state if not name.endswith(COUNTER)}
     share = {}
     for arch in LAYOUTS:
         expected = {e.name for e in entries(Arch(name=arch, num_classes=2), state)}
@@ -155,6 +55,19 @@ def _complete(arch: Arch | str | None, state: Mapping[str, Any],
             if e.path[:2] == ("weights", "dense") and e.name in state]
     num_classes = max([2, *(int(value.shape[0]) for value in last[:1] if value.ndim)])
     return dataclasses.replace(known, num_classes=num_classes)
+
+
+def _normalised(arch: Arch, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Arch:
+    """An `Arch` with the moments that are given."""
+    channels = arch.image_shape[2]
+    for name, given in (("mean", mean), ("std", std)):
+        if given is not None and (len(given) != channels or not np.isfinite(given).all()
+                                  or (name == "std" and min(given) <= 0)):
+            raise ValueError(f"Expected {name} to be {channels} "
+                             f"{'numbers' if name == 'mean' else 'numbers > 0'}, one a channel, "
+                             f"got {given}.")
+    return dataclasses.replace(arch, mean=arch.mean if mean is None else tuple(map(float, mean)),
+                               std=arch.std if std is None else tuple(map(float, std)))
 
 
 def _to_jax(value: np.ndarray, entry: Entry) -> np.ndarray:
@@ -203,22 +116,22 @@ def arrays_from_state_dict(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Example: `arrays_from_state_dict(net.state_dict())['classifier.weight'].dtype`.
     """
-    torch = _torch()
+    torch = torch_files.pytorch()
     arrays = {}
     for name, tensor in state.items():
-        tensor = tensor.detach().cpu()
         try:
+            tensor = tensor.detach().cpu()
             arrays[name] = (tensor.float().numpy().astype(jnp.bfloat16)
                             if tensor.dtype == torch.bfloat16 else tensor.numpy())
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError) as error:  # NotImplementedError, of no data, is one too
             raise ValueError(f"Expected plain tensors, {name} is {tensor.dtype}, {tensor.layout}: "
-                             f"{_in_one_line(error)}") from error
+                             f"{torch_files.in_one_line(error)}") from error
     return arrays
 
 
 def _tensor(value: np.ndarray) -> Any:
     """An array as a tensor of the same dtype."""
-    torch = _torch()
+    torch = torch_files.pytorch()
     if value.dtype == jnp.bfloat16:
         return torch.tensor(value.astype(np.float32)).bfloat16()
     return torch.tensor(value)
@@ -234,7 +147,7 @@ def _leaf(params: Params, path: tuple[str, ...]) -> Any:
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Every name and shape in which tensors differ from what is expected; empty if none does."""
-    counted = {name for name in {*found, *expected} if name.endswith(_COUNTER)}
+    counted = {name for name in {*found, *expected} if name.endswith(COUNTER)}
     lists = {
         "missing": [n for n in expected if n not in found and n not in counted],
         "unexpected": [n for n in found if n not in expected and n not in counted],
@@ -246,21 +159,26 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...
 
 
 def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = None,
-                           image_shape: tuple[int, int, int] = (32, 32, 3)) -> Params:
+                           image_shape: tuple[int, int, int] = (32, 32, 3), *,
+                           mean: tuple[float, ...] | None = None,
+                           std: tuple[float, ...] | None = None) -> Params:
     """A network from PyTorch tensors, or from arrays under their names: those need no PyTorch.
 
     Args:
       state: names to tensors, as `load_state_dict` gives them, or to arrays of NumPy's or JAX's.
       arch: what it should be: an `Arch`, its name, or None to tell by the tensors' names. Without
-        an `Arch`, the last layer gives the number of classes and images are not normalised.
+        an `Arch`, the last layer gives the number of classes.
       image_shape: ``(height, width, channels)`` of its images; an `Arch` brings its own.
+      mean: what was subtracted from images in [0, 1] in training, a number a channel; a file does
+        not say. None is the `Arch`'s, without one zeros.
+      std: what they were divided by then, > 0; None is the `Arch`'s, without one ones.
 
     Returns:
       `Params`, float32, sharing no memory with the tensors.
 
     Raises:
-      ValueError: all differences at once: missing and unexpected names, wrong shapes; or a network
-        that is none of ours.
+      ValueError: all differences at once: missing and unexpected names, wrong shapes; a network
+        that is none of ours; or another number of means or scales than channels.
 
     Example: `params_from_state_dict(net.state_dict()).arch.name`.
     """
@@ -268,7 +186,7 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
 
     from awm_jax import models
 
-    arch = _complete(arch, state, image_shape)
+    arch = _normalised(_complete(arch, state, image_shape), mean, std)
     layout = entries(arch, state)
     ours = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
     wanted = {e.name: _to_torch(np.broadcast_to(np.float32(0), _leaf(ours, e.path).shape), e).shape
@@ -276,7 +194,7 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
     if differences := _differences(state, wanted):
         raise ValueError(
             f"The tensors are no {arch.name} with {arch.num_classes} classes for images of "
-            f"{'x'.join(map(str, arch.image_shape))}. {differences}."
+            f"{'x'.join(map(str, arch.image_shape))} (image_shape). {differences}."
         )
     tree: dict[str, Any] = {}
     for entry in layout:
@@ -294,7 +212,7 @@ def _arrays(params: Params, template: Mapping[str, Any] | None) -> dict[str, np.
         out[entry.name] = np.ascontiguousarray(
             _to_torch(np.asarray(_leaf(params, entry.path)), entry))
         if entry.name.endswith("running_var"):
-            out[entry.name.replace("running_var", _COUNTER)] = np.zeros((), np.int64)
+            out[entry.name.replace("running_var", COUNTER)] = np.zeros((), np.int64)
     if template is not None and (differences := _differences(
             template, {name: value.shape for name, value in out.items()})):
         raise ValueError(
@@ -323,7 +241,7 @@ def arrays_from_params(params: Params,
     out = _arrays(params, template)
     if template is None:
         return out
-    return {n: np.asarray(v) if n.endswith(_COUNTER) else out[n].astype(v.dtype)
+    return {n: np.asarray(v) if n.endswith(COUNTER) else out[n].astype(v.dtype)
             for n, v in template.items()}
 
 
@@ -346,13 +264,14 @@ def state_dict_from_params(params: Params,
     out = {name: _tensor(value) for name, value in _arrays(params, template).items()}
     if template is None:
         return out
-    return {n: v if n.endswith(_COUNTER) else out[n].to(v.dtype) for n, v in template.items()}
+    return {n: v if n.endswith(COUNTER) else out[n].to(v.dtype) for n, v in template.items()}
 
 
 def load(path: str | os.PathLike, arch: Arch | str | None = None,
-         image_shape: tuple[int, int, int] = (32, 32, 3)) -> Params:
+         image_shape: tuple[int, int, int] = (32, 32, 3), *, mean: tuple[float, ...] | None = None,
+         std: tuple[float, ...] | None = None) -> Params:
     """`params_from_state_dict` of a file; arguments, errors as there and in `load_state_dict`."""
-    return params_from_state_dict(load_state_dict(path), arch, image_shape)
+    return params_from_state_dict(load_state_dict(path), arch, image_shape, mean=mean, std=std)
 
 
 def save(path: str | os.PathLike, params: Params,
@@ -365,7 +284,8 @@ def save(path: str | os.PathLike, params: Params,
     Args:
       path: the file to write.
       params: the network.
-      template_path: the PyTorch file it came from: its wrapper and other entries are kept.
+      template_path: the PyTorch file it came from: its wrapper and other entries are kept, but
+        for `copies` of the network, which are replaced like the network.
       template: arrays from a file of another format, as in `arrays_from_params`.
 
     Raises:
@@ -373,24 +293,12 @@ def save(path: str | os.PathLike, params: Params,
 
     Example: `save('purified.pth', purified.params, 'suspect.pth')`.
     """
-    torch = _torch()
     path = pathlib.Path(path)
-    content: Any = None
     if template_path is not None:
         if path.resolve() == pathlib.Path(template_path).resolve():
             raise ValueError(f"Expected another path than the template's, {path}: it is kept.")
-        content = _read(template_path)
-        state, wrapper = _unwrap(content)
-        prefix = torch_layouts.prefix(state)
-        new = state_dict_from_params(params, torch_layouts.without(prefix, state))
-        new = {prefix + name: value for name, value in new.items()}
-        content = new if wrapper is None else {**content, wrapper: new}
+        content = torch_files.replaced(torch_files.read(template_path),
+                                       lambda state: state_dict_from_params(params, state))
     else:
         content = {n: _tensor(v) for n, v in arrays_from_params(params, template).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    torch_files.write(path, content)

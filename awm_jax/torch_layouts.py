@@ -158,12 +158,11 @@ def entries(arch: Arch, names: Iterable[str] = ()) -> list[Entry]:
     return _resnet_entries(shortcut, "fc" if any(n.startswith("fc.") for n in names) else "linear")
 
 
-# DataParallel, torch.compile, and the usual name of the network in a Lightning module.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
 def prefix(names: Iterable[str]) -> str:
     """What wrappers have put before every tensor's name, any number of them; mostly nothing.
+
+    DataParallel's ``module.``, torch.compile's ``_orig_mod.``, ``model.``, ``net.`` or
+    ``backbone.`` of a Lightning module: whatever all names share, up to a layer's own name.
 
     Args:
       names: of a state_dict.
@@ -177,10 +176,10 @@ def prefix(names: Iterable[str]) -> str:
     """
     names, found = list(names), ""
     while names:
-        longer = [found + p for p in _PREFIXES if all(n.startswith(found + p) for n in names)]
-        if not longer:
+        longer = found + names[0][len(found):].partition(".")[0] + "."
+        if not all(n.startswith(longer) and "." in n[len(longer):] for n in names):
             break
-        found = longer[0]
+        found = longer
     return found
 
 

@@ -46,7 +46,7 @@ def _faults(parts, source):
     if parts[0] == "awm_jax":
         faults |= tops & {"experiments"}
         faults |= rooms & FORBIDDEN.get(parts[1], set())
-    if parts[1:2] != ("torch_compat",) and parts not in (
+    if parts[1:2] != ("torch_files",) and parts not in (
             ("experiments", "benchmark_torch"), ("experiments", "benchmark")):
         faults |= tops & {"torch"}
     if parts[:2] != ("awm_jax", "data"):
@@ -71,7 +71,7 @@ def test_rooms(path):
     ("awm_jax/report/x", "import torch.nn", {"torch"}),
     ("awm_jax/training", "import tensorflow_datasets as tfds", {"tensorflow_datasets"}),
     ("awm_jax/data/x", "import tensorflow_datasets as tfds", set()),
-    ("awm_jax/torch_compat", "import torch", set()),
+    ("awm_jax/torch_files", "import torch", set()),
     ("awm_jax/masks", "from experiments import cli", {"experiments"}),
     ("awm_jax/defences/x", "from awm_jax import detection", {"detection"}),
     ("awm_jax/defences/x", "from awm_jax import explain", {"explain"}),

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from awm_jax.command.options import OneLine, image_size, positive, run
+from awm_jax.command.options import OneLine, image_size, positive, run, seed
 
 
 def _shared(p: argparse.ArgumentParser) -> None:
@@ -27,10 +27,10 @@ def _shared(p: argparse.ArgumentParser) -> None:
                    "'help' lists them (default: the one with which the network does best)")
     p.add_argument("--flip", action="store_true",
                    help="images keep their class when mirrored (photographs, not signs)")
-    p.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    p.add_argument("--seed", type=seed, default=0, help="seed (default: %(default)s)")
     p.add_argument("--report", type=pathlib.Path, metavar="FILE.html",
-                   help="the report, with its numbers in FILE.json (default: beside the model or "
-                   "--out)")
+                   help="the report, with its numbers in FILE.json (default: MODEL-scan.html "
+                   "beside the model, OUT-report.html beside --out)")
     p.add_argument("--force", action="store_true",
                    help="go on where the images are too few or the network gets most of them wrong")
 

@@ -27,7 +27,7 @@ from awm_jax.types import Arch, Batch, Params
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
 _ALPHAS = (None, 0.9, 0.95)  # the default, then milder ones
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
-_STOP = 0.1  # fall of accuracy on the given images at which a run ends
+_STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
 
 _answers = jax.jit(detection.answers)
 
@@ -62,7 +62,7 @@ def scan(args: argparse.Namespace) -> None:
       ValueError: options, a network or images that cannot be taken; nothing was written then.
     """
     started = time.monotonic()
-    path = _report_path(args.report, args.model)
+    path = _report_path(args.report, args.model, "scan")
     suspect = reading.read(args)
     findings = _look(suspect, args)
     report = _report(args, suspect, findings)
@@ -82,7 +82,7 @@ def purify(args: argparse.Namespace) -> None:
     started = time.monotonic()
     _check_defence(args.defence)
     formats.check_target(args.out, args.model)
-    path = _report_path(args.report, args.out)
+    path = _report_path(args.report, args.out, "report")
     suspect = reading.read(args)
     _check_enough(suspect, args.force)
     config = _config(args, suspect.params.arch)
@@ -124,9 +124,12 @@ def _config(args: argparse.Namespace, arch: Arch) -> Any:
     return dataclasses.replace(defence.default, epochs=args.epochs)
 
 
-def _report_path(given: pathlib.Path | None, beside: pathlib.Path) -> pathlib.Path:
-    """Where the page goes; ValueError where it or its JSON would overwrite what is no report."""
-    path = given or beside.with_name(f"{beside.stem}-report.html")
+def _report_path(given: pathlib.Path | None, beside: pathlib.Path, what: str) -> pathlib.Path:
+    """Where the page goes; an error where it or its JSON would overwrite what is no report.
+
+    A scan's and a purification's are called differently: of a purified file there are both.
+    """
+    path = given or beside.with_name(f"{beside.stem}-{what}.html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"Expected --report={path} to end in .html.")
     if path.is_dir():
@@ -135,6 +138,7 @@ def _report_path(given: pathlib.Path | None, beside: pathlib.Path) -> pathlib.Pa
     if there and not page.is_report(path.with_suffix(".json")):
         raise ValueError(f"Expected {there[0]} to be free or an earlier report, it is something "
                          "else. Name another place with --report.")
+    formats.check_writable(path)
     return path
 
 
@@ -184,27 +188,39 @@ def _accuracy(params: Params, batch: Batch, chosen: np.ndarray) -> float:
 
 
 def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Purification:
-    """AWM: as mild as held-out images ask for, and stopped where the given ones are lost."""
+    """AWM: as mild as held-out images ask for, and stopped where the given ones are lost.
+
+    ValueError where not even the mildest run keeps them: there is no purified network then.
+    """
     started, key = time.monotonic(), jax.random.key(args.seed)
     mine, held_out = _held_out(suspect, args.seed)
     batch = Batch(suspect.batch.images[mine], np.asarray(suspect.batch.labels)[mine])
     # Held-out images must be new to what they judge, and the scan has seen all of them.
     survey = None if len(held_out) else findings.survey
     notes: list[str] = []
+    found = None
     before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
-    for alpha in _ALPHAS if before is not None else _ALPHAS[:1]:
+    for alpha in _ALPHAS:
         config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
-        found = _run_awm(suspect, batch, survey, config, key, notes)
+        ran = _run_awm(suspect, batch, survey, config, key, notes)
+        survey = ran.survey if survey is None else survey
+        if ran.status is Status.STOPPED:
+            continue
+        found = ran
         if before is None:
             break
-        survey = found.survey
         after = _accuracy(found.params, suspect.batch, held_out)
         notes.append(f"alpha {alpha or 'as usual'}: {100 * before:.1f}% -> {100 * after:.1f}% of "
                      f"{len(held_out)} held-out images")
         if after >= before - _FALL:
             break
     else:
-        notes.append(f"no alpha kept held-out accuracy within {100 * _FALL:.0f} points: the last, "
+        if found is None:
+            raise ValueError(
+                f"Expected to erase something and keep the given images' classes, alphas up to "
+                f"{_ALPHAS[-1]} lost them in the first epochs ({'; '.join(notes)}). Nothing was "
+                "written. Give more images of each class, or another --defence.")
+        notes.append(f"no alpha kept held-out accuracy within {100 * _FALL:.0f} points: the "
                      "mildest one's network is given")
     layers = {name: figures.mask_percentages(np.ravel(values)).tolist()
               for name, values in masks.by_layer(found.masks).items()}
@@ -214,8 +230,9 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
 
 def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMConfig,
              key: jax.Array, notes: list[str]) -> awm_purify.Purified:
-    """One run with a bar; it ends where accuracy on its images has fallen by a tenth."""
-    everything = np.arange(len(batch.labels))
+    """One run with a bar; it ends where over a tenth of its images, and over one, were lost."""
+    count = len(batch.labels)
+    everything = np.arange(count)
     before = _accuracy(suspect.params, batch, everything)
     bar: list[Progress] = []
 
@@ -224,10 +241,10 @@ def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMC
             bar.append(Progress("purifying", total))
         now = _accuracy(awm_purify.network(suspect.params, state), batch, everything)
         bar[0].update(done, accuracy=now, **{k: latest[k] for k in ("clean_loss", "trigger_loss")})
-        if now < before - _STOP:
-            notes.append(f"stopped in epoch {done} of {total}: {100 * now:.0f}% of the given "
-                         f"images got their class, before {100 * before:.0f}%; the masks are those "
-                         "of before")
+        if round((before - now) * count) > max(1, _STOP * count):
+            notes.append(f"alpha {config.alpha or 'as usual'} stopped in epoch {done} of {total}: "
+                         f"{100 * now:.0f}% of the given images got their class, before "
+                         f"{100 * before:.0f}%; the masks are those of before")
             return True
         return False
 

@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
 
 
+def seed(text: str) -> int:
+    """A whole number that a PRNG key is made of: 0 to 2**32 - 1."""
+    if text.isdecimal() and len(text) < 11 and int(text) < 1 << 32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {(1 << 32) - 1}, got "
+                                     f"{text[:40]!r}")
+
+
 def image_size(text: str) -> tuple[int, int]:
     """'N' or 'HxW' as ``(height, width)``."""
     found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)

@@ -12,7 +12,7 @@ from awm_jax.command import normalisation
 from awm_jax.data import folder, given
 from awm_jax.types import Batch, Params
 
-_SANE = 0.5  # of the given images: below that, the network or the labels are not what was meant
+_SANE = 0.5  # of the given images: no more than that, and network or labels are not as was meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,13 @@ class Suspect:
     images_note: str
     notes: tuple[str, ...]
 
+    def answers(self, params: Params | None = None) -> np.ndarray:
+        """The class that a network, by default itself, gives each image."""
+        return np.asarray(metrics.predict(params or self.params, self.batch.images))
+
     def correct(self, params: Params | None = None) -> int:
         """How many of the given images a network gives their class."""
-        found = metrics.predict(params or self.params, self.batch.images)
-        return int((found == np.asarray(self.batch.labels)).sum())
+        return int((self.answers(params) == np.asarray(self.batch.labels)).sum())
 
 
 def say(line: str) -> None:
@@ -94,7 +97,7 @@ def read(args: argparse.Namespace) -> Suspect:
     notes = [*(n for n in source.notes if note is None or not n.startswith("image size")),
              *([] if note is None else [note])]
     found = given.read(listing, num_classes=params.arch.num_classes,
-                       size=params.arch.image_shape[:2])
+                       size=params.arch.image_shape[:2], channels=params.arch.image_shape[2])
     batch = Batch(jnp.asarray(found.images, jnp.float32) / 255.0, jnp.asarray(found.labels))
     plain = not any(params.arch.mean) and all(s == 1.0 for s in params.arch.std)
     if args.normalise is not None:
@@ -121,10 +124,16 @@ def _say_what(path: pathlib.Path, suspect: Suspect) -> None:
 
 def _check_sane(suspect: Suspect, force: bool) -> None:
     """ValueError where a network gets most of its images wrong, which is then no use to judge."""
-    count, correct = len(suspect.batch.labels), suspect.correct()
+    labels, answers = np.asarray(suspect.batch.labels), suspect.answers()
+    count, correct = len(labels), int((answers == labels).sum())
     say(f"  it gives {correct} of {count} images their class")
-    if correct < _SANE * count and not force:
+    alike = len(set(answers.tolist())) == 1 and len(set(labels.tolist())) > 1
+    if (correct <= _SANE * count or alike) and not force:
+        shape = suspect.params.arch.image_shape
+        size = ("" if formats.fixed_size(suspect.params.arch.name) else
+                f" and sized (--image_size, {shape[0]}x{shape[1]} here)")
         raise ValueError(
             f"Expected a network that gives most of the given images their class, it gives "
-            f"{correct} of {count}. Check the labels' numbers, the order of colours, how images "
-            "were cropped and normalised in training (--normalise), or go on with --force.")
+            f"{correct} of {count}{f', all the same class {answers[0]}' if alike else ''}. Check "
+            "the labels' numbers, the order of colours, how images were cropped, normalised "
+            f"(--normalise){size} in training, or go on with --force.")

@@ -6,6 +6,8 @@ from awm_jax import detection
 from awm_jax.detection import Findings
 
 UNCLEAR = 0.5  # of the score, from which on a network is not called clean-looking
+# Of two, one class always is the easier: 10 of 12 scans of clean ones had scores of 1 and more.
+_FEW_CLASSES = 2
 LIMITS = (
     "The scan looks for small, fixed changes of pixels that send images into one class, or each "
     "class into another. Backdoors that bend the whole image (WaNet) or lay a faint wave over "
@@ -43,7 +45,7 @@ def of(findings: Findings, count: int) -> Verdict:
 
     Returns:
       `Verdict`: suspicious from a score of 1 on, unclear from .5 on; docs/suspect.md has how
-      often either was right.
+      often either was right. A network of two classes is unclear at most.
 
     Example: `of(awm_jax.detection.scan(params, batch), len(batch.labels)).level`.
     """
@@ -51,7 +53,13 @@ def of(findings: Findings, count: int) -> Verdict:
     first = int(found.damage.argmax())
     level = ("suspicious" if findings.score >= 1 else
              "unclear" if findings.score >= UNCLEAR else "clean-looking")
-    if findings.all_to_all:
+    few_classes = len(found.damage) <= _FEW_CLASSES and level == "suspicious"
+    if few_classes:
+        level = "unclear"
+        headline = (f"a small trigger drives the network towards class {first} {findings.lead:.1f} "
+                    "times as far as towards the other, but two classes are too few to tell a "
+                    "backdoor from a class that is easier to reach")
+    elif findings.all_to_all:
         headline = ("a small trigger moves almost every image into another class and keeps the "
                     "classes apart, as an all-to-all backdoor does")
     elif level == "suspicious":

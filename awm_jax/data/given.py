@@ -17,6 +17,7 @@ from awm_jax.data import decode, folder
 
 IMAGES = 100_000
 TABLE_BYTES = 64 << 20  # of a CSV: it is read whole
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL and torchvision weigh them
 COLUMNS = {"file": ("file", "path", "filename", "image"),
            "label": ("label", "class", "classid", "target", "y")}
 
@@ -43,7 +44,7 @@ class Given(NamedTuple):
     """Images and labels, and where they are from.
 
     Args:
-      images: ``[n, H, W, 3]`` uint8.
+      images: ``[n, H, W, C]`` uint8.
       labels: ``[n]`` int32, in 0..num_classes-1.
       files: of each image.
       note: one line to print: how many images of how many classes, how their labels were told.
@@ -110,7 +111,8 @@ def sizes(listing: Listing) -> collections.Counter[tuple[int, int]]:
     return collections.Counter(folder.each(listing.files, decode.size_of))
 
 
-def read(listing: Listing, *, num_classes: int, size: tuple[int, int]) -> Given:
+def read(listing: Listing, *, num_classes: int, size: tuple[int, int], channels: int = 3
+         ) -> Given:
     """Decodes listed images, and tells the number of each one's class.
 
     Labels that are all whole numbers are the classes' numbers, from 0. Otherwise there must be as
@@ -120,12 +122,14 @@ def read(listing: Listing, *, num_classes: int, size: tuple[int, int]) -> Given:
       listing: from `find`.
       num_classes: of the network, >= 2.
       size: ``(height, width)`` that images of another size are resized to, >= 1.
+      channels: 3, or 1 for grey values, ``.299 R + .587 G + .114 B``.
 
     Returns:
       `Given`, in the listing's order.
 
     Raises:
-      ValueError: labels that are not clear or out of range, or images too large for the memory.
+      ValueError: labels that are not clear or out of range, other channels, or images too large
+        for the memory.
       OSError: images that cannot be read; names them.
 
     Example:
@@ -135,6 +139,9 @@ def read(listing: Listing, *, num_classes: int, size: tuple[int, int]) -> Given:
     height, width = size
     validate.at_least(2, num_classes=num_classes)
     validate.at_least(1, image_height=height, image_width=width)
+    if channels not in (1, 3):
+        raise ValueError(f"Expected a network for images of 3 channels, or of 1 (grey), it takes "
+                         f"{channels}: picture files do not hold such.")
     number, told = _numbers(listing, num_classes)
     count, needed = len(listing.files), len(listing.files) * height * width * 3
     if needed > folder.BYTES:
@@ -142,12 +149,18 @@ def read(listing: Listing, *, num_classes: int, size: tuple[int, int]) -> Given:
                          f"{listing.table or listing.root} need {needed / (1 << 30):.1f} at "
                          f"{height}x{width}. Give fewer: some of each class are enough.")
     images = np.stack(folder.each(listing.files, lambda path: decode.rgb(path, (height, width))))
+    images = _grey(images) if channels == 1 else images
     labels = np.array([number[name] for name in listing.names], np.int32)
     note = (f"{count} image{'s' * (count > 1)} of {len(set(number.values()))} of {num_classes} "
             f"classes; {told}")
     if listing.skipped:
         note += f"; {listing.skipped} other files or folders were left out"
     return Given(images, labels, listing.files, note)
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """RGB as one channel of uint8, rounded; what was grey stays as it was."""
+    return np.round(images @ _LUMA).astype(np.uint8)[..., None]
 
 
 def _shown(*names: str) -> str:

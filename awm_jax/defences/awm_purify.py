@@ -11,7 +11,7 @@ from awm_jax import validate
 from awm_jax.defences import awm_batches, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.awm_steps import AWMInfo, AWMState
-from awm_jax.defences.base import Status, agreement, finite_weights
+from awm_jax.defences.base import Status, agreement, finite_weights, warn_if_wrong
 from awm_jax.defences.survey import Survey
 from awm_jax.types import Batch, Masks, Params
 
@@ -25,7 +25,7 @@ class Purified:
       masks: the masks in [0, 1] that made it; with ``recalibration`` its BatchNorm statistics
         follow them.
       status: `Status`; ``status.advice`` says what to do.
-      history: `AWMInfo`'s fields, each ``[epochs]``.
+      history: `AWMInfo`'s fields, each ``[epochs]``, of the epochs that were kept.
       trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
         variant without one; added to images in [0, 1].
       survey: `Survey`: triggers and damage, class by class, found on the suspect network; None in
@@ -76,6 +76,9 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
       ValueError: images that do not fit the network or lie outside [0, 1], labels out of range,
         NaN in images or weights.
 
+    Warns (UserWarning) where the network gets half of the images or more wrong, as one does that
+    expects other normalisation than ``params.arch`` says.
+
     Example:
       >>> from awm_jax import models
       >>> from awm_jax.types import Arch
@@ -83,6 +86,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
       >>> params = models.create(jax.random.key(0), arch)
       >>> batch = Batch(jnp.full((2, 16, 16, 3), .5), jnp.array([0, 1]))
       >>> config = AWMConfig(variant='paper', epochs=1, inner_steps=1, outer_steps=1)
+      >>> batch = batch._replace(labels=models.apply(params, batch.images).argmax(axis=1))
       >>> purify(params, batch, config=config).status.name in Status.__members__
       True
 
@@ -94,6 +98,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
                              image_shape=params.arch.image_shape)
     finite_weights(params)
     given = jnp.asarray(batch.images, jnp.float32)
+    warn_if_wrong(params, given, batch.labels)
     settings = config.resolve(len(given), params.arch.image_shape)
     every = stretch(settings.epochs, every)
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
@@ -110,6 +115,8 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
             latest = {k: float(v[-1]) for k, v in infos[-1]._asdict().items()}
             if on_epochs(done, settings.epochs, state, latest):
                 state = last
+                rejected = infos.pop()
+                infos = infos or [jax.tree.map(lambda leaf: leaf[:0], rejected)]
                 break
     history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return conclude(params, state, found, history, given)
@@ -123,7 +130,7 @@ def conclude(params: Params, state: AWMState, found: Survey | None, history: AWM
       params: the suspect network.
       state: the last state.
       found: the survey; None in a variant without one.
-      history: ``[epochs]`` leaves.
+      history: ``[epochs]`` leaves; of no epochs where nothing was kept.
       images: ``[n, H, W, C]`` the clean images as given, in [0, 1].
 
     Returns:
@@ -163,5 +170,7 @@ def _status(state: AWMState, history: dict[str, np.ndarray], agreed: float) -> S
     if agreed < 0.9:
         return Status.CLEAN_ACCURACY_LOST
     mean = history["mask_mean"]
+    if not len(mean):
+        return Status.STOPPED
     moved = abs(mean[-1] - mean[-1 - max(1, len(mean) // 10)]) if len(mean) > 1 else np.inf
     return Status.NOT_CONVERGED if moved > 0.01 else Status.OK

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class Status(enum.IntEnum):
     """The masks still moved at the end: their mean by over 0.01 in the last tenth of the epochs."""
     CLEAN_ACCURACY_LOST = 3
     """The purified network disagrees with the suspect one on over a tenth of the given images."""
+    STOPPED = 4
+    """The caller ended the run before its first stretch of epochs was kept: nothing was changed."""
 
     @property
     def advice(self) -> str:
@@ -34,6 +37,8 @@ class Status(enum.IntEnum):
             Status.NOT_CONVERGED: "run more epochs, or lower outer_lr",
             Status.CLEAN_ACCURACY_LOST: "give more clean images, or ask for a milder purification "
             "(for AWM: raise alpha or lower tau)",
+            Status.STOPPED: "nothing was erased: give more clean images, or ask for a milder "
+            "purification (for AWM: raise alpha or lower tau)",
         }[self]
 
 
@@ -188,6 +193,8 @@ class Defence:
                             f"{type(config).__name__}.")
         key = jax.random.key(0) if key is None else key
         images, labels = self.checked(params, batch)
+        if self.needs == "clean":
+            warn_if_wrong(params, images, labels)
         outcome = self._jitted(key, params, images, labels, config)
         return self.conclude(params, images, outcome)
 
@@ -238,6 +245,18 @@ def finite_weights(params: Params) -> None:
     """ValueError if the network holds NaN or infinity."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise ValueError("Expected finite weights, found NaN or infinity in the network.")
+
+
+def warn_if_wrong(params: Params, images: jax.Array, labels: jax.Array) -> None:
+    """A warning where a network gets half of the images or more wrong: rarely is that its fault."""
+    right, count = int((metrics.predict(params, images) == np.asarray(labels)).sum()), len(labels)
+    if count > 1 and 2 * right <= count:
+        warnings.warn(
+            f"The network gives {right} of {count} images their label. Were its images normalised "
+            f"in training (params.arch.mean is {params.arch.mean}, params.arch.std "
+            f"{params.arch.std}, which awm_jax.torch_compat.load takes), are labels and colours in "
+            "its order? What is purified here is what it does on these images.",
+            UserWarning, stacklevel=3)
 
 
 def agreement(suspect: Params, purified: Params, images: jax.Array) -> float:

@@ -1,4 +1,4 @@
-"""Networks and images as they come: grey ones, averages of weights, constant answers, few images."""
+"""Networks and images as they come: grey ones, averages of weights, constant answers."""
 
 import dataclasses
 import json
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import awm_jax
 from awm_jax import checkpoint, defences, formats, masks, metrics, models, torch_compat
-from awm_jax.command import jobs, main
+from awm_jax.command import jobs, main, normalisation, verdict
 from awm_jax.data import given
 from awm_jax.defences import AWMConfig, Status
-from awm_jax.types import Arch, Batch
+from awm_jax.types import Arch, Batch, Params
 
 
 def _lay_out(folder, network, per_class=1):
@@ -57,7 +58,7 @@ def test_grey_values_are_those_of_the_standard(tmp_path):
     assert found.shape == (2, 8, 8, 1)
     assert np.abs(found[0, ..., 0].astype(int) - theirs).max() <= 1  # PIL's is in whole numbers
     np.testing.assert_array_equal(found[1, ..., 0].ravel(), np.arange(64) * 4)
-    with pytest.raises(ValueError, match="3 channels, or of 1 .grey., it takes 4"):
+    with pytest.raises(ValueError, match=r"3 channels, or of 1 .grey., it takes 4"):
         given.read(given.find(tmp_path), num_classes=2, size=(8, 8), channels=4)
 
 
@@ -117,7 +118,7 @@ def test_whatever_all_names_share_is_a_prefix(prefix, tmp_path, small_params, to
 def test_a_tensor_without_data_is_refused_in_a_line(tmp_path, small_params, torch):
     state = torch_compat.state_dict_from_params(small_params)
     state["classifier.bias"] = torch.empty(4, device="meta")
-    with pytest.raises(ValueError, match="Expected plain tensors, classifier.bias is"):
+    with pytest.raises(ValueError, match=r"Expected plain tensors, classifier\.bias is"):
         torch_compat.arrays_from_state_dict(state)
 
 
@@ -128,7 +129,8 @@ def test_mean_and_std_can_be_said(tmp_path, small_params, torch):
     images = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
     mean, std = (np.float32(v) for v in moments.values())
     wanted = models.apply(small_params, jnp.asarray((images - mean) / std))
-    np.testing.assert_allclose(models.apply(params, jnp.asarray(images)), wanted, rtol=1e-5, atol=1e-5)
+    found = models.apply(params, jnp.asarray(images))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     for wrong in ({"mean": (0.5,)}, {"std": (1.0, 0.0, 1.0)}, {"std": (1.0, np.nan, 1.0)}):
         with pytest.raises(ValueError, match=f"Expected {next(iter(wrong))} to be 3 numbers"):
             torch_compat.load(tmp_path / "a.pth", image_shape=(8, 8, 3), **wrong)
@@ -218,7 +220,6 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, capsys):
 
 
 def test_two_classes_are_too_few_to_call_suspicious():
-    from awm_jax.command import verdict
     from tests.detection_test import _findings
 
     two = verdict.of(_findings([9.0, 1.0], 0.5, 1.0), 10)
@@ -226,3 +227,27 @@ def test_two_classes_are_too_few_to_call_suspicious():
     assert verdict.of(_findings([9.0, 1.0, 1.0], 0.5, 1.0), 10).level == "suspicious"
     spread = verdict.of(_findings([1.0, 1.0], 0.01, 0.9), 10)
     assert spread.level == "unclear"
+
+
+def test_the_likelihood_of_a_normalisation_by_hand():
+    """A network of one number, the images' mean brightness less .1: the logit of class 1."""
+    class Brightness(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            shift = self.param("shift", nn.initializers.constant(0.1), ())
+            z = x.mean((1, 2, 3))[:, None] - shift
+            return jnp.concatenate([0 * z, z], axis=1)
+
+    net = Brightness()
+    params = Params.from_flax(net, net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))),
+                              image_shape=(8, 8, 3))
+    grey = np.array([0.9, 0.8, 0.2], np.float32)
+    images = np.broadcast_to(grey[:, None, None, None], (3, 8, 8, 3))
+    told = normalisation.tell(params, Batch(images, np.array([1, 1, 0])))
+    logits = np.array([[np.mean((g - np.array(mean)) / std) - 0.1 for g in grey]
+                       for mean, std in normalisation.KNOWN.values()])
+    wanted = np.prod(1 / (1 + np.exp(logits * [-1, -1, 1])), axis=1) * ([9] + [1] * 9)
+    np.testing.assert_allclose(list(told.probability.values()), wanted / wanted.sum(), rtol=1e-4)
+    assert told.accuracy["half"] == 1.0 > told.accuracy["none"]
+    assert told.name == max(told.probability, key=lambda name: told.probability[name])
+    assert "as well possible" in told.note

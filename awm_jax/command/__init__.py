@@ -22,9 +22,10 @@ def _shared(p: argparse.ArgumentParser) -> None:
     p.add_argument("--arch", help="architecture (default: told by the tensors' names)")
     p.add_argument("--image_size", type=image_size, metavar="N|HxW",
                    help="what the network takes (default: told by its tensors, or the images' own)")
-    p.add_argument("--normalise", metavar="NAME",
-                   help="what images in [0, 1] are normalised by: none, imagenet, cifar10, ...; "
-                   "'help' lists them (default: the one with which the network does best)")
+    p.add_argument("--normalise", metavar="NAME|MEAN/STD",
+                   help="what images in [0, 1] are normalised by: none, imagenet, cifar10, ... or "
+                   "MEAN/STD, such as .5,.5,.5/.2,.2,.2; 'help' lists them (default: told by "
+                   "what the network then says of the images)")
     p.add_argument("--flip", action="store_true",
                    help="images keep their class when mirrored (photographs, not signs)")
     p.add_argument("--seed", type=seed, default=0, help="seed (default: %(default)s)")
@@ -60,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(given)
+
+    if args.normalise == "help":
+        from awm_jax.command import normalisation
+
+        print("\n".join(normalisation.listed().split("; ")))
+        return 0
 
     def job():
         from awm_jax.command import jobs  # JAX: not for --help

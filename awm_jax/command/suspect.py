@@ -84,11 +84,6 @@ def read(args: argparse.Namespace) -> Suspect:
       ValueError: a network or images of another kind than can be taken, or a network that gets
         most of the images wrong, unless ``args.force``.
     """
-    known = normalisation.KNOWN
-    if args.normalise is not None and args.normalise not in known:
-        raise ValueError("Expected --normalise to be one of: " + "; ".join(
-            f"{name} (mean {', '.join(f'{m:g}' for m in mean)}, std "
-            f"{', '.join(f'{s:.3g}' for s in std)})" for name, (mean, std) in known.items()))
     if args.arch is not None:
         validate.choice(models.MODELS, arch=args.arch)
     listing = given.find(args.images)
@@ -96,12 +91,13 @@ def read(args: argparse.Namespace) -> Suspect:
     params, note = _sized(params, listing, args.image_size)
     notes = [*(n for n in source.notes if note is None or not n.startswith("image size")),
              *([] if note is None else [note])]
-    found = given.read(listing, num_classes=params.arch.num_classes,
-                       size=params.arch.image_shape[:2], channels=params.arch.image_shape[2])
-    batch = Batch(jnp.asarray(found.images, jnp.float32) / 255.0, jnp.asarray(found.labels))
     plain = not any(params.arch.mean) and all(s == 1.0 for s in params.arch.std)
     if args.normalise is not None:
         params = normalisation.with_known(params, args.normalise)
+    found = given.read(listing, num_classes=params.arch.num_classes,
+                       size=params.arch.image_shape[:2], channels=params.arch.image_shape[2])
+    batch = Batch(jnp.asarray(found.images, jnp.float32) / 255.0, jnp.asarray(found.labels))
+    if args.normalise is not None:
         notes.append(f"normalisation {args.normalise!r}, as given")
     elif plain:
         told = normalisation.tell(params, batch)

@@ -4,7 +4,9 @@ import argparse
 import pathlib
 
 from awm_jax import attacks, data, models
-from awm_jax.command.options import OneLine, image_size, positive, run
+from awm_jax.command.options import FROM_THE_START as FROM_THE_START
+from awm_jax.command.options import GOES_ON as GOES_ON
+from awm_jax.command.options import OneLine, image_size, positive, run, seed
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import presets
@@ -107,6 +109,9 @@ def check(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"Expected a PNG at {args.trigger}, found nothing there.")
     if args.trigger is not None and len(args.attack) > 1:
         raise ValueError("Expected one --attack beside --trigger: a PNG is one trigger.")
+    if args.trigger is not None and args.target is None:
+        raise ValueError("Expected --target beside --trigger: a picture does not tell which class "
+                         "it leads to.")
     if args.checkpoint is not None and len(args.attack) > 1:
         raise ValueError("Expected one --attack beside --checkpoint: a network carries one.")
     if args.checkpoint is not None and getattr(args, "benign", False):
@@ -169,7 +174,7 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
                      "a share of the target class's (default: the attack's paper's, mostly .05)")
     net.add_argument("--epochs", type=positive,
                      help="training epochs (default: by data set and attack)")
-    net.add_argument("--network_seed", type=int, default=0,
+    net.add_argument("--network_seed", type=seed, default=0,
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,
                      help="a backdoored network of somebody else instead of training one: a "

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import pathlib
 import time
+import typing
 from typing import Any
 
 import jax
@@ -39,28 +40,41 @@ def config(name: str, args, dataset: Dataset) -> Any:
     """
     default = DEFENCES[name].default
     fields = {field.name for field in dataclasses.fields(default)}
+    asked = {field: _value(name, field, text) for field, text in args.set or () if field in fields}
     chosen: dict[str, Any] = {}
     if "flip" in fields:
         chosen["flip"] = dataset.flip
-    if isinstance(default, AWMConfig) and default.variant != "distilled":
+    variant = asked.get("variant", getattr(default, "variant", None))
+    if isinstance(default, AWMConfig) and variant != "distilled":
         chosen["copies"] = (presets.of(dataset).paper_copies if args.samples == "one-shot"
                             else 0)
-    if isinstance(default, AWMConfig) and default.variant == "distilled":
+    if isinstance(default, AWMConfig) and variant == "distilled":
         chosen["recalibration"] = presets.of(dataset).recalibration
     if args.purify_epochs is not None and "epochs" in fields:
         chosen["epochs"] = args.purify_epochs
-    for field, text in args.set or ():
-        if field in fields:
-            try:
-                chosen[field] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                chosen[field] = text
+    chosen |= asked
     if name == "ft_sam" and "rho" not in chosen and chosen.get("adaptive", default.adaptive):
         chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else presets.of(dataset).ft_sam_rho
     try:
         return dataclasses.replace(default, **chosen)
     except TypeError as error:
         raise ValueError(f"{name} refuses {chosen}: {error}") from error
+
+
+def _value(name: str, field: str, text: str) -> Any:
+    """A value of ``--set`` as the defence's field takes it; ValueError for another kind."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    kinds = typing.get_type_hints(type(DEFENCES[name].default))[field]
+    kinds = typing.get_args(kinds) or (kinds,)
+    wanted = "true or false" if bool in kinds else "a whole number"
+    whole = int in kinds and float not in kinds
+    if (bool in kinds and value not in (True, False, None)) or (whole and (
+            isinstance(value, float) or value is True or value is False) and bool not in kinds):
+        raise ValueError(f"Expected --set {field}={text} of {name} to be {wanted}.")
+    return bool(value) if bool in kinds and value is not None else value
 
 
 def fingerprint(name: str, args, dataset: Dataset) -> str:

@@ -152,7 +152,7 @@ def _tell(row: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.detection", lambda: run(args))
+    return cli.run("experiments.detection", lambda: run(args), stopped=cli.FROM_THE_START)
 
 
 if __name__ == "__main__":

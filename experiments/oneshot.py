@@ -150,10 +150,11 @@ class _Book:
         return None
 
     def add(self, cells: dict[str, dict]) -> None:
-        """Writes finished cells."""
-        self._mine |= cells
+        """Writes finished cells, beside those that another run in the same folder wrote since."""
         self.known |= cells
-        results.write_json(self.path, {**self.about, "cells": self._mine})
+        with results.locked(self.path):
+            self._mine = {**results.read_cells(self.path, *self._kind), **self._mine, **cells}
+            results.write_json(self.path, {**self.about, "cells": self._mine})
 
 
 def _stage(args, dataset: Dataset, folder: pathlib.Path, book: _Book,
@@ -202,9 +203,10 @@ def _work(todo: list[Cell], stage: Callable[[str], scene.Scene], folder: pathlib
 def _network_name(attack: str, args, dataset: Dataset) -> str:
     """Names a suspect network and its trigger by all that decides them."""
     epochs = args.epochs or presets.epochs(dataset, attack)
-    network = args.checkpoint or f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
-    mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
-    trigger = "" if args.trigger is None else f"/{args.trigger.stem}-{mode}"
+    network = (f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
+               if args.checkpoint is None else
+               f"{args.checkpoint}-{scene.file_digest(args.checkpoint)}")
+    trigger = "" if args.trigger is None else f"/{scene.picture_name(args)}"
     target = "" if args.target is None else f"/t{args.target}"
     return f"{attack}{trigger}{target}/{network}"
 
@@ -219,7 +221,9 @@ def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = cli.parser().parse_args(argv)
-    return cli.run("experiments.oneshot", lambda: run(args))
+    return cli.run("experiments.oneshot", lambda: run(args), stopped=(
+        "Stopped. The same command without --fresh goes on from here." if args.fresh else
+        cli.GOES_ON))
 
 
 if __name__ == "__main__":

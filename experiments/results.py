@@ -1,12 +1,14 @@
 """Results of a run: one JSON file, written whole or not at all, and its table."""
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -72,6 +74,24 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """While within, others who ask for the same wait; where the system has no such locks, nothing.
+
+    Args:
+      path: a file that several runs may rewrite; the lock is a file beside it, left empty.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
     """Finished cells of an earlier start; a damaged file is set aside, not overwritten.
 
@@ -84,7 +104,8 @@ def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
         found = json.loads(path.read_text())
         cells, kind = found["cells"], (found["dataset"], found["arch"])
     except (json.JSONDecodeError, KeyError, TypeError):
-        aside = path.with_suffix(".damaged.json")
+        names = (path.with_suffix(f".damaged{i or ''}.json") for i in itertools.count())
+        aside = next(name for name in names if not name.exists())
         os.replace(path, aside)
         print(f"{path} could not be read; it is now {aside}, and the run starts over.")
         return {}

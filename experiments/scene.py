@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 
 import jax
@@ -176,6 +177,22 @@ def untrained(name: str, args, dataset: Dataset) -> Attack:
                         dataset.num_classes, target=args.target)
 
 
+def file_digest(path: pathlib.Path) -> str:
+    """Eight letters for what a file, or all files of a directory, hold: names are used again."""
+    found = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        found.update(file.relative_to(path).as_posix().encode() + b"\0")
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:8]
+
+
+def picture_name(args) -> str:
+    """Names the trigger of ``--trigger`` by its picture and how it is laid on images."""
+    mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
+    return f"{args.trigger.stem}-{file_digest(args.trigger)}-{mode}"
+
+
 def _pictured(args, dataset: Dataset) -> Attack:
     """The attack of ``--trigger``."""
     trigger = attacks.trigger_from_png(args.trigger, dataset.train_images.shape[1:],
@@ -211,8 +228,7 @@ def attack_of(name: str, args, dataset: Dataset,
     spec = planned(name, args, dataset)
     if args.trigger is not None:
         attack = _pictured(args, dataset)
-        mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")
-        return attack, dataclasses.replace(spec, attack=f"{attack.name}-{mode}-{args.target}")
+        return attack, dataclasses.replace(spec, attack=f"{picture_name(args)}-{args.target}")
     of_any_target = dataclasses.replace(spec, attack=name)
     return networks.make_attack(of_any_target, dataset, cache, args.target), spec
 
@@ -231,6 +247,9 @@ def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
     """
     attack, spec = attack_of(name, args, dataset, cache)
     split = splits.defender_split(dataset)
+    if args.checkpoint is not None and attack.learn is not None:
+        raise ValueError(f"Expected another --attack than {name} beside --checkpoint: its trigger "
+                         "is learnt with the network, and a file has the network alone.")
     if args.checkpoint is not None:
         params = _checkpoint_params(args.checkpoint, args, dataset)
         label = f"{args.checkpoint.stem}:{attack.name}"

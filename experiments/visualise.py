@@ -313,7 +313,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.visualise", lambda: run(args))
+    return cli.run("experiments.visualise", lambda: run(args), stopped=cli.FROM_THE_START)
 
 
 if __name__ == "__main__":

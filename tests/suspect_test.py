@@ -220,7 +220,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, capsys):
 
 
 def test_two_classes_are_too_few_to_call_suspicious():
-    from tests.detection_test import _findings
+    from detection_test import _findings
 
     two = verdict.of(_findings([9.0, 1.0], 0.5, 1.0), 10)
     assert two.level == "unclear" and "two classes are too few" in two.headline

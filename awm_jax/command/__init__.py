@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from awm_jax.command.options import OneLine, image_size, positive, run, seed
+from awm_jax.command.options import FROM_THE_START, OneLine, image_size, positive, run, seed
 
 
 def _shared(p: argparse.ArgumentParser) -> None:
@@ -74,5 +74,4 @@ def main(argv: list[str] | None = None) -> int:
         args.said = shlex.join(["python", "-m", "awm_jax", *given])
         (jobs.scan if args.command == "scan" else jobs.purify)(args)
 
-    return run(f"awm-jax {args.command}", job,
-               stopped="Stopped. The same command starts from the beginning.")
+    return run(f"awm-jax {args.command}", job, stopped=FROM_THE_START)

@@ -40,10 +40,11 @@ class OneLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-_STOPPED = "Stopped. The same command goes on from here."
+GOES_ON = "Stopped. The same command goes on from here."
+FROM_THE_START = "Stopped. The same command starts from the beginning."
 
 
-def run(prog: str, job: Callable[[], Any], *, stopped: str = _STOPPED) -> int:
+def run(prog: str, job: Callable[[], Any], *, stopped: str = GOES_ON) -> int:
     """Does the job; errors of the user's making end in one line and status 2.
 
     What is compiled is tuned, and kept on disk for the next command: `awm_jax.programs`.
@@ -63,7 +64,7 @@ def run(prog: str, job: Callable[[], Any], *, stopped: str = _STOPPED) -> int:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,10 +2,11 @@
 
     python -m experiments.merge runs/seeds0-2 runs/other-attacks --out table.md
 
-Runs that were split (by attack, by seed, over machines) are read from their results.json, and from
-results-host<i>.json where several hosts wrote into one directory; of a purification that is in
-several files, the first is taken. Runs on other data sets, networks or numbers of
-clean images are refused: their figures do not belong into one mean.
+Runs that were split (by attack, by defence, over machines) are read from their results.json, and
+from results-host<i>.json where several hosts wrote into one directory; of a purification that is in
+several files, the first is taken. Runs on other data sets, architectures or numbers of clean
+images, and of one attack and defence on several networks or with several settings, are refused:
+their figures do not belong into one mean.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
       ValueError: runs that do not belong together, or a file that is no run's.
     """
     cells: dict[tuple, dict] = {}
+    alike: dict[tuple, set[str]] = {}
     kinds, counts = set(), set()
     files = []
     for path in paths:
@@ -42,7 +44,9 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
         try:
             run = json.loads(file.read_text())
             counts.add(run.get("num_classes"))
-            for cell in run["cells"].values():
+            for name, cell in run["cells"].items():
+                alike.setdefault((cell["attack"], cell["defence"]), set()).add(
+                    name.rpartition("/")[0])
                 kinds.add((run["dataset"], run["arch"], str(cell["samples"])))
                 cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -51,6 +55,11 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
     if len(kinds) != 1:
         raise ValueError("Expected runs on one data set, network and number of clean images, got: "
                          + "; ".join(", ".join(kind) for kind in sorted(kinds)) + ".")
+    for (attack, defence), names in alike.items():
+        if len(names) > 1:
+            raise ValueError(f"Expected one network and one choice of settings of {attack}, "
+                             f"{defence}, got {' and '.join(sorted(names))}. Run them with an "
+                             "--out each, and merge them apart.")
     # Runs of before folders and parts of data sets do not say it; a name did.
     known = next(filter(None, counts), None)
     return list(cells.values()), known or data.num_classes(kinds.pop()[0])
@@ -67,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     def job():
         text = results.report(*merged(args.runs))
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(text + "\n")
         print(text)
 

@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
                          "Perturb a network's neurons and report what it predicts.")
     how = p.add_argument_group("perturbation")
     how.add_argument("--samples", type=cli.several_samples,
-                     default=("one-shot", 500), metavar="N[,N...]",
-                     help="clean images it is found on (default: one-shot,500)")
+                     default=("one-shot",), metavar="N[,N...]",
+                     help="clean images it is found on (default: one-shot)")
     how.add_argument("--eps", type=_bounds, default=(0.1, 0.2, 0.4),
                      metavar="E[,E...]", help="bounds relative to the weights "
                      "(default: .1,.2,.4)")

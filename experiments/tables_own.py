@@ -11,8 +11,9 @@ _COLUMNS = tuple(Column(name, name, samples=() if defence.needs == "clean" else 
 TABLES = {
     "defences": Table("Every defence against every attack: GTSRB, small VGG", "gtsrb", "small_vgg",
                       tuple(ATTACKS), (ONE, 500), _COLUMNS, {}, {},
-                      "Every defence with its default settings (its paper's, where one is known). "
-                      "AWM's were developed on other networks with such triggers, against "
-                      "all-to-all on the network here; the others are untuned.",
+                      "Every defence with its default settings (its paper's, where one is known, "
+                      "but for FT-SAM's epochs: 100 instead of 50). "
+                      "AWM's were developed on other networks with such triggers; the others are "
+                      "untuned.",
                       ("acc", "asr", "der")),
 }

@@ -41,6 +41,20 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, other):
     assert next(iter(other.values())) in capsys.readouterr().err
 
 
+def test_settings_and_networks_are_not_mixed(tmp_path, capsys):
+    """Named as oneshot does: the attack and its network, the defence and its settings, the seed."""
+    run = _run(tmp_path / "1", [("a", "ft", 0, 90.0), ("a", "ft", 1, 20.0)])
+    found = json.loads((run / "results.json").read_text())
+    first = "a/e6-p0.05-s0/ft-11-one-shot/0"
+    for second, status in (("a/e6-p0.05-s0/ft-11-one-shot/1", 0),
+                           ("a/e6-p0.05-s0/ft-22-one-shot/1", 2),
+                           ("a/e6-p0.05-s1/ft-11-one-shot/1", 2)):
+        found["cells"] = dict(zip((first, second), found["cells"].values(), strict=True))
+        (run / "results.json").write_text(json.dumps(found))
+        assert merge.main([str(run), "--out", str(tmp_path / "new" / "table.md")]) == status
+    assert "e6-p0.05-s0/ft-11-one-shot and a/e6-p0.05-s1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": []}', '{"cells": []}',
                                      '{"cells": {"a": {}}, "dataset": "x", "arch": "y"}'])
 def test_files_of_another_kind_are_named(tmp_path, capsys, content):

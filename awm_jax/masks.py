@@ -59,7 +59,8 @@ def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:
         if unknown:
             raise ValueError(f"Expected layers among {', '.join(names)}; got {', '.join(unknown)}.")
     elif layers not in ("conv", "all"):
-        raise ValueError(f"Expected layers={layers!r} to be 'conv', 'all' or a tuple of names.")
+        raise ValueError(f"Expected layers={layers!r} to be 'conv', 'deep' (AWM's own), 'all' or a "
+                         "tuple of names.")
 
     kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)
                if _name(path[-1:]) == "kernel"]

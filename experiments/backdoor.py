@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"backdoor-{dataset.name}-{args.arch}"
     rows: list[dict] = []
+    results.set_aside(folder / "networks.json")
     for name in args.attack:
         on_stage = scene.make(name, args, dataset, cache)
         rows.append(_row(on_stage))

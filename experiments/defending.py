@@ -26,7 +26,7 @@ from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
 from awm_jax.types import Batch
 from experiments import presets, results
-from experiments.scene import Scene
+from experiments.scene import Scene, file_digest
 
 _HISTORY_IMAGES = 500  # images that Figure 4's curves are drawn from; the table uses them all
 _INFO_SIZE = 200  # what a defence tells beyond so many numbers stays out of results.json
@@ -108,6 +108,20 @@ def defend(scene: Scene, name: str, seed: int, args, folder: pathlib.Path) -> di
     return keep(scene, name, seed, args, folder, *run(title, chosen, given, seed))
 
 
+def _made_of(scene: Scene, name: str, args) -> str:
+    """What decides a purified network beside its seed: network, trigger, images, settings."""
+    network = file_digest(args.checkpoint) if scene.spec is None else scene.spec.digest
+    return f"{network}-{args.samples}-{fingerprint(name, args, scene.dataset)}"
+
+
+def _place(folder: pathlib.Path, stem: str, seed: int, made_of: str) -> pathlib.Path:
+    """Where a purified network is kept: beside one of the same name that other settings made."""
+    place = folder / "purified" / f"{stem}-{seed}"
+    if checkpoint.exists(place) and checkpoint.load(place)[1].get("made_of") != made_of:
+        return folder / "purified" / f"{stem}-{made_of}-{seed}"
+    return place
+
+
 def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: Any,
          seconds: float, curve: dict | None) -> dict:
     """Measures a purification, and leaves pictures and the network, as `defend` does.
@@ -134,15 +148,17 @@ def keep(scene: Scene, name: str, seed: int, args, folder: pathlib.Path, found: 
         told = {"settings": dataclasses.asdict(chosen),
                 "info": {key: leaf for key, leaf in by_path(found.info).items()
                          if np.size(leaf) <= _INFO_SIZE}}
-    stem = f"{scene.name.replace(':', '-')}-{title}"
-    checkpoint.save(folder / "purified" / f"{stem}-{seed}", found.params,
-                    {"status": found.status.name}, overwrite=True)
+    made_of = _made_of(scene, name, args)
+    place = _place(folder, f"{scene.name.replace(':', '-')}-{title}", seed, made_of)
+    checkpoint.save(place, found.params, {"status": found.status.name, "made_of": made_of},
+                    overwrite=True)
     after = scene.evaluate(found.params)
     return {
         "attack": scene.name, "defence": title, "seed": seed, "samples": args.samples,
         "before": scene.before._asdict(), "after": after._asdict(),
         "der": metrics.defence_effectiveness(scene.before, after),
         "target": scene.attack.target, "clean_indices": indices, "status": found.status.name,
+        "purified": place.relative_to(folder).as_posix(),
         "seconds": seconds, "commit": results.commit(),
         "fingerprint": fingerprint(name, args, scene.dataset),
         "convolutions": results.convolutions(), **told,

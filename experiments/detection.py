@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
     rows: list[dict] = []
+    results.set_aside(folder / "networks.json")
     wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}
     first = args.network_seed
     for seed, name in ((first + i, name) for i in range(max(wanted.values()))

@@ -157,6 +157,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.attack:
         _fits(scene.untrained(name, args, dataset))
     rows: list[dict[str, Any]] = []
+    results.set_aside(args.out / "known_trigger.json")
     for name in args.attack:
         on_stage = scene.make(name, args, dataset, networks.directory())
         for seed in range(args.seeds):

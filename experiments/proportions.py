@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     scene.check(args, dataset, args.samples)
     cache = networks.directory()
     rows: list[dict] = []
+    results.set_aside(args.out / "proportions.json")
     for attack in args.attack:
         attacked = scene.make(attack, args, dataset, cache)
         for on_stage in (attacked, scene.benign(attacked, cache)) if args.benign else (attacked,):

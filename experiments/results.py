@@ -60,6 +60,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def set_aside(path: pathlib.Path) -> None:
+    """Renames what an earlier run left where a new one is going to write, and says so.
+
+    For commands that begin anew each time: whatever is asked of them next, nothing is lost.
+    """
+    if path.exists():
+        names = (path.with_suffix(f".earlier{i or ''}{path.suffix}") for i in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        os.replace(path, aside)
+        print(f"What {path} held is now {aside}.", flush=True)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """A value as JSON, NumPy's among it, as `write_text` writes."""
     write_text(path, json.dumps(value, indent=1, default=_plain))

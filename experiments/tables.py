@@ -264,6 +264,17 @@ def run(args: argparse.Namespace) -> int:
     return len(left)
 
 
+def _minutes(text: str) -> float:
+    """A number >= 0; of 0 comes the estimate alone."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected minutes >= 0, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     """The options."""
     p = argparse.ArgumentParser(prog="python -m experiments.tables",
@@ -281,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="only these numbers of clean images: 'one-shot' or numbers (default: all)")
     p.add_argument("--seeds", type=cli.positive, default=3,
                    help="purifications a cell (default: %(default)s)")
-    p.add_argument("--budget", type=float, default=60.0, metavar="MINUTES",
+    p.add_argument("--budget", type=_minutes, default=60.0, metavar="MINUTES",
                    help="nothing is begun that would end later (default: %(default)s)")
     for name in _DATASETS:
         p.add_argument(f"--{name}_dir", type=pathlib.Path, help=f"as --data_dir, for {name}")

@@ -299,6 +299,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     dataset = cli.load(args)
     _check(args, dataset)
     rows: list[dict[str, Any]] = []
+    results.set_aside(args.out / "visualise.json")
     for attack in args.attack:
         rows.append(show(scene.make(attack, args, dataset, networks.directory()),
                          args))

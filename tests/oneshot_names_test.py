@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awm_jax import attacks, data
+from awm_jax import attacks, checkpoint, data
 from experiments import cli, defending, oneshot, results, scene
 
 
@@ -112,3 +112,22 @@ def test_every_damaged_file_is_kept(tmp_path, capsys):
         assert results.read_cells(tmp_path / "results.json", "digits", "cnn") == {}
     kept = sorted(path.read_text() for path in tmp_path.glob("*damaged*"))
     assert kept == ["damaged 0", "damaged 1", "damaged 2"]
+
+
+def test_networks_of_other_settings_have_another_place(tmp_path, tiny):
+    first = defending._place(tmp_path, "badnets-ft", 0, "one")
+    checkpoint.save(first, tiny, {"status": "OK", "made_of": "one"})
+    assert defending._place(tmp_path, "badnets-ft", 0, "one") == first
+    other = defending._place(tmp_path, "badnets-ft", 0, "two")
+    assert other != first and "two" in other.name
+    assert defending._place(tmp_path, "badnets-ft", 1, "two").name == "badnets-ft-1"
+
+
+def test_what_an_earlier_run_left_is_set_aside(tmp_path, capsys):
+    for text in "ab":
+        (tmp_path / "rows.json").write_text(text)
+        results.set_aside(tmp_path / "rows.json")
+        assert "rows.earlier" in capsys.readouterr().out
+    results.set_aside(tmp_path / "rows.json")  # nothing there, nothing said
+    assert capsys.readouterr().out == ""
+    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["a", "b"]

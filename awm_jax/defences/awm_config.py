@@ -211,6 +211,8 @@ class AWMConfig:
         for name in ("inner_lr", "outer_lr"):
             if getattr(self, name) is not None:
                 validate.positive(**{name: getattr(self, name)})
+        if self.tau is not None and not _as_tuple(self.tau):
+            raise ValueError("Expected tau to be a number > 0 or several, got none.")
         for tau in _as_tuple(self.tau):
             validate.positive(tau=tau)
         if self.alpha is not None:

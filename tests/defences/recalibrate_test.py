@@ -13,8 +13,11 @@ from awm_jax.models import norms
 from awm_jax.types import Arch, Params
 
 
-def _close(found, expected, rtol=1e-5, atol=1e-6):
-    """Trees of equal structure and nearly equal leaves."""
+def _close(found, expected, rtol=1e-4, atol=1e-6):
+    """Trees of equal structure and nearly equal leaves.
+
+    A variance is a difference of moments, so processors round it otherwise: by 1.2e-5 on one.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         np.testing.assert_allclose(
             norms.at(found, tuple(part.key for part in path)), leaf, rtol=rtol, atol=atol)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -141,7 +140,7 @@ def check_target(path: Path, source_path: Path, *, overwrite: bool = False) -> N
     Raises:
       ValueError: another suffix, or the source itself, by whatever name.
       FileExistsError: something is there and ``overwrite`` is False, or it is of another format.
-      OSError: as `check_writable`.
+      OSError: as `validate.writable`.
 
     Example:
       >>> check_target('purified.onnx', 'suspect.pth')
@@ -163,29 +162,7 @@ def check_target(path: Path, source_path: Path, *, overwrite: bool = False) -> N
         if path.is_dir() and kind != "orbax":
             raise FileExistsError(f"Expected {path} to be a file, it is a directory. Choose "
                                   "another name.")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Whether a file can be made there, tried in the nearest folder that there is.
-
-    Args:
-      path: what is to be written; folders on the way to it may be missing.
-
-    Raises:
-      OSError: a file in the place of a folder, or no right to write there.
-
-    Example: `check_writable('results/purified.pth')`.
-    """
-    path = pathlib.Path(path)
-    folder = next(p for p in path.absolute().parents if os.path.lexists(p))
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        why = "is no folder" if not folder.is_dir() else f"cannot be written to ({error.strerror})"
-        raise OSError(f"Expected to be able to write {path}, {folder} {why}. Choose another "
-                      "place.") from error
+    validate.writable(path)
 
 
 def fixed_size(arch_name: str) -> bool:

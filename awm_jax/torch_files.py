@@ -26,7 +26,15 @@ def pytorch():
 
 
 def read(path: str | os.PathLike) -> Any:
-    """The object in a PyTorch file; nothing in it is executed."""
+    """The object in a PyTorch file; nothing in it is executed.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a pickle that wants to run code.
+      OSError: damaged, or of another format.
+
+    Example: `read('network.pth')['state_dict']`.
+    """
     torch = pytorch()
     path = pathlib.Path(path)
     if not path.is_file():
@@ -155,6 +163,11 @@ def replaced(content: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
     Returns:
       The new content; ``content`` itself is left alone.
+
+    Raises:
+      ValueError: no state_dict in it.
+
+    Example: `write(path, replaced(read('suspect.pth'), lambda state: purified))`.
     """
     state, wrapper = _unwrap(content)
 

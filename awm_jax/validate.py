@@ -1,5 +1,8 @@
-"""Range and shape checks whose messages name the value, what was expected and the way out."""
+"""Checks of ranges, shapes and places; messages name the value, the wanted and the way out."""
 
+import os
+import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -95,3 +98,25 @@ def training_set(images: np.ndarray, labels: np.ndarray, *, num_classes: int,
             f"Expected {len(images)} labels in 0..{num_classes - 1}, got shape "
             f"{list(labels.shape)} in {labels.min()}..{labels.max()}."
         )
+
+
+def writable(path: str | os.PathLike) -> None:
+    """Whether a file can be made there, tried in the nearest folder that there is.
+
+    Args:
+      path: what is to be written; folders on the way to it may be missing.
+
+    Raises:
+      OSError: a file in the place of a folder, or no right to write there.
+
+    Example: `writable('results/purified.pth')`.
+    """
+    path = pathlib.Path(path)
+    folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "is no folder" if not folder.is_dir() else f"cannot be written to ({error.strerror})"
+        raise OSError(f"Expected to be able to write {path}, {folder} {why}. Choose another "
+                      "place.") from error

@@ -63,18 +63,19 @@ def config(name: str, args, dataset: Dataset) -> Any:
 
 def _value(name: str, field: str, text: str) -> Any:
     """A value of ``--set`` as the defence's field takes it; ValueError for another kind."""
+    hint = typing.get_type_hints(type(DEFENCES[name].default))[field]
+    kinds = typing.get_args(hint) or (hint,)
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    kinds = typing.get_type_hints(type(DEFENCES[name].default))[field]
-    kinds = typing.get_args(kinds) or (kinds,)
-    wanted = "true or false" if bool in kinds else "a whole number"
-    whole = int in kinds and float not in kinds
-    if (bool in kinds and value not in (True, False, None)) or (whole and (
-            isinstance(value, float) or value is True or value is False) and bool not in kinds):
-        raise ValueError(f"Expected --set {field}={text} of {name} to be {wanted}.")
-    return bool(value) if bool in kinds and value is not None else value
+        value = text
+    if bool in kinds and value is not None:
+        raise ValueError(f"Expected --set {field}={text} of {name} to be true or false.")
+    if int in kinds and float not in kinds and isinstance(value, float | bool):
+        raise ValueError(f"Expected --set {field}={text} of {name} to be a whole number.")
+    return value
 
 
 def fingerprint(name: str, args, dataset: Dataset) -> str:

@@ -1,6 +1,6 @@
 """One table out of several run directories of `experiments.oneshot`.
 
-    python -m experiments.merge runs/seeds0-2 runs/other-attacks --out table.md
+    python -m experiments.merge runs/some-attacks runs/other-attacks --out table.md
 
 Runs that were split (by attack, by defence, over machines) are read from their results.json, and
 from results-host<i>.json where several hosts wrote into one directory; of a purification that is in

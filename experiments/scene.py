@@ -179,8 +179,16 @@ def untrained(name: str, args, dataset: Dataset) -> Attack:
 
 def file_digest(path: pathlib.Path) -> str:
     """Eight letters for what a file, or all files of a directory, hold: names are used again."""
-    found = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [file.stat() for file in files]
+    return _digest(path, tuple(files), tuple((s.st_size, s.st_mtime_ns) for s in stats))
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(path: pathlib.Path, files: tuple[pathlib.Path, ...], stats: tuple) -> str:
+    """`file_digest`, once for files that stay as they are: every purification's name asks."""
+    del stats
+    found = hashlib.sha256()
     for file in files:
         found.update(file.relative_to(path).as_posix().encode() + b"\0")
         found.update(hashlib.sha256(file.read_bytes()).digest())

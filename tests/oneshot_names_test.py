@@ -51,6 +51,7 @@ def test_another_network_at_the_same_place_is_another(tmp_path, digits):
 @pytest.mark.parametrize("text, value", [("false", False), ("False", False), ("true", True)])
 def test_truth_is_said_in_words(digits, text, value):
     assert defending.config("ft_sam", _args("--set", f"adaptive={text}"), digits).adaptive is value
+    assert defending._value("awm", "variant", text.lower()) == text.lower()  # there it is a name
 
 
 @pytest.mark.parametrize("defence, said, words", [

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import detection, formats, masks, metrics, programs
+from awm_jax import detection, formats, masks, metrics, programs, validate
 from awm_jax.command import suspect as reading
 from awm_jax.command import verdict
 from awm_jax.command.suspect import Suspect, say
@@ -138,7 +138,7 @@ def _report_path(given: pathlib.Path | None, beside: pathlib.Path, what: str) ->
     if there and not page.is_report(path.with_suffix(".json")):
         raise ValueError(f"Expected {there[0]} to be free or an earlier report, it is something "
                          "else. Name another place with --report.")
-    formats.check_writable(path)
+    validate.writable(path)
     return path
 
 

@@ -186,6 +186,8 @@ class Defence:
           ValueError: a network that it cannot work on (`fits`), no data where some are needed,
             data that do not fit the network or lie outside [0, 1], NaN in images or weights.
           TypeError: images or labels of the wrong kind, or another defence's config.
+
+        Warns (UserWarning) where the network gets half of the clean images or more wrong.
         """
         config = self.default if config is None else config
         if not isinstance(config, self.Config):

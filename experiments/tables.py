@@ -29,7 +29,8 @@ RUNS = pathlib.Path("runs/tables")
 
 # Seconds one-shot on GTSRB, small VGG, 2 cores (docs/defences.md): only what orders the work until
 # a cell of the same kind was timed here.
-_SECONDS, _USUAL = {"ibau": 22.0}, 70.0
+_SECONDS, _USUAL = {"clp": 2.0, "fst": 5.0, "nft": 13.0, "nad": 16.0, "ibau": 22.0, "ft": 22.0,
+                    "fp": 26.0, "ft_sam": 90.0, "mcr": 100.0, "sau": 185.0}, 70.0
 # Guesses too: so many steps, or the whole training set, however many clean images there are.
 _ANY_NUMBER = {"anp": 420.0, "swm": 420.0, "ac": 400.0, "abl": 6000.0}
 # Seconds an epoch, until a network of the kind was trained here.
@@ -216,6 +217,8 @@ def _missing(args: argparse.Namespace) -> list[Cell]:
             continue
         if args.samples and cell.samples not in args.samples:
             continue
+        if args.attack and cell.attack not in args.attack:
+            continue
         key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
         done = result(cell, found, args.runs)
         if key not in seen and (done is None or not _current(cell, done, args)):
@@ -288,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
                    "awm5, awm10 and AWM's figures small_vgg, of the others the paper's)")
     p.add_argument("--defence", type=cli.several(DEFENCES, "defence"), default=(),
                    help="only these columns (default: all)")
+    p.add_argument("--attack", type=cli.attacks_of, default=(), metavar="NAME[,NAME...]|awm",
+                   help="only networks with these backdoors; 'awm' are the six of the AWM paper's "
+                   "main tables (default: all)")
     p.add_argument("--samples", type=cli.several_samples, default=(), metavar="N[,N...]",
                    help="only these numbers of clean images: 'one-shot' or numbers (default: all)")
     p.add_argument("--seeds", type=cli.positive, default=3,

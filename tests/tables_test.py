@@ -262,6 +262,13 @@ def test_numbers_of_images_can_be_chosen(tmp_path, asked, capsys):
     assert {name.split("/")[2] for name in asked} == {"one-shot", "500"} and len(asked) == 12
 
 
+def test_attacks_can_be_chosen(tmp_path, asked, capsys):
+    some = ["--tables", "defences", "--defence", "ibau", "--seeds", "1", "--budget", "1e6"]
+    assert _run(tmp_path, *some, "--attack", "awm", "--samples", "500") == 0
+    assert sorted(name.split("/")[0] for name in asked) == sorted(attacks.AWM_ATTACKS)
+    assert _run(tmp_path, *some, "--attack", "sig,badnets") == 0 and len(asked) == 6 + 3
+
+
 def _options(tmp_path):
     return tables._parser().parse_args(["--runs", str(tmp_path / "runs")])
 

@@ -9,7 +9,7 @@ import argparse
 import pathlib
 import sys
 
-from experiments import cli, networks, results, scene
+from experiments import cli, networks, results, resuming, scene
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,16 +20,17 @@ def _parser() -> argparse.ArgumentParser:
                    help="also a network without a backdoor, trained as long")
     p.add_argument("--out", type=pathlib.Path,
                    help="run directory (default: runs/backdoor-DATASET-ARCH)")
+    cli.fresh_option(p)
     return p
 
 
-def _row(on_stage: scene.Scene) -> dict:
-    """What networks.json keeps of a network."""
+def _rows(on_stage: scene.Scene) -> list[dict]:
+    """What networks.json keeps of a network: a row."""
     spec = on_stage.spec
-    return {"attack": on_stage.name, "target": on_stage.attack.target,
+    return [{"attack": on_stage.name, "target": on_stage.attack.target,
             "rate": None if spec is None else spec.rate,
             "epochs": None if spec is None else spec.epochs, **on_stage.before._asdict(),
-            "covered": on_stage.covered, "parts": [part.name for part in on_stage.attack.parts]}
+            "covered": on_stage.covered, "parts": [part.name for part in on_stage.attack.parts]}]
 
 
 def table(rows: list[dict]) -> str:
@@ -60,10 +61,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _benign_row(on_stage: scene.Scene) -> dict:
-    """The row of a network without a backdoor: only its accuracy means anything."""
-    return {**_row(on_stage), "target": None, "rate": None, "asr": None, "asr_all": None,
-            "recovered": None, "covered": None, "parts": [], "asr_parts": []}
+def _benign_rows(on_stage: scene.Scene, cache: pathlib.Path) -> list[dict]:
+    """The row of the network trained alike without a backdoor: only its accuracy means anything."""
+    return [{**row, "target": None, "rate": None, "asr": None, "asr_all": None,
+             "recovered": None, "covered": None, "parts": [], "asr_parts": []}
+            for row in _rows(scene.benign(on_stage, cache))]
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -73,17 +75,15 @@ def run(args: argparse.Namespace) -> list[dict]:
     cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"backdoor-{dataset.name}-{args.arch}"
     rows: list[dict] = []
-    results.set_aside(folder / "networks.json")
+    kept = resuming.Rows(folder / "networks.json", "experiments.backdoor", args, dataset)
     for name in args.attack:
+        network = scene.network_name(name, args, dataset)
         on_stage = scene.make(name, args, dataset, cache)
-        rows.append(_row(on_stage))
+        rows += kept.of(network, _rows, on_stage)
         print(f"{on_stage.name}: ACC {rows[-1]['acc']:.2f}, ASR {rows[-1]['asr']:.2f}", flush=True)
         if args.benign and name == args.attack[-1]:
-            rows.append(_benign_row(scene.benign(on_stage, cache)))
-        results.write_json(folder / "networks.json", {
-            **results.about(dataset), "arch": args.arch, "versions": results.versions(),
-            "command": " ".join(["python -m experiments.backdoor", *sys.argv[1:]]), "rows": rows})
-    (folder / "networks.md").write_text(table(rows) + "\n")
+            rows += kept.of(f"{network}/benign", _benign_rows, on_stage, cache)
+    results.write_text(folder / "networks.md", table(rows) + "\n")
     print(f"\n{table(rows)}\n\nEverything is in {folder}/ (networks.json, networks.md).")
     return rows
 

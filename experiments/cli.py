@@ -4,15 +4,14 @@ import argparse
 import pathlib
 
 from awm_jax import attacks, data, models
-from awm_jax.command.options import FROM_THE_START as FROM_THE_START
 from awm_jax.command.options import GOES_ON as GOES_ON
 from awm_jax.command.options import OneLine, image_size, positive, run, seed
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import presets
 
-__all__ = ["check", "image_size", "load", "parser", "positive", "run", "samples", "scene_parser",
-           "several_samples"]
+__all__ = ["check", "fresh_option", "image_size", "load", "parser", "positive", "run", "samples",
+           "scene_parser", "several_samples"]
 
 
 def samples(text: str) -> str | int:
@@ -191,6 +190,12 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     net.add_argument("--target", type=int,
                      help="the class the trigger leads to (default: the attack's own)")
     return p
+
+
+def fresh_option(p: argparse.ArgumentParser) -> None:
+    """``--fresh``, of the commands that keep `experiments.resuming.Rows`."""
+    p.add_argument("--fresh", action="store_true",
+                   help="begin anew instead of going on; what the directory held is renamed")
 
 
 def parser() -> argparse.ArgumentParser:

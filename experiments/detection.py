@@ -8,6 +8,8 @@ clean image of each class (or ``--samples``).
 """
 
 import argparse
+import functools
+import hashlib
 import pathlib
 import sys
 from typing import Any
@@ -16,8 +18,9 @@ import jax
 import numpy as np
 
 from awm_jax import detection
+from awm_jax.data import Dataset
 from awm_jax.defences import AWMConfig
-from experiments import cli, networks, results, scene
+from experiments import cli, networks, results, resuming, scene
 
 _LEARNT = 50.0  # ASR in percent: below it a network has hardly a backdoor to be found
 
@@ -34,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="clean images for the scan (default: %(default)s)")
     p.add_argument("--out", type=pathlib.Path,
                    help="run directory (default: runs/detection-DATASET-ARCH)")
+    cli.fresh_option(p)
     return p
 
 
@@ -57,18 +61,26 @@ def auc(negative: list[float], positive: list[float]) -> float | None:
     return float(((below < above) + 0.5 * (below == above)).mean())
 
 
-def _row(name: str, seed: int, asr: float | None, on_stage: scene.Scene,
-         samples: str | int) -> dict[str, Any]:
-    """One network's scan."""
-    batch, _ = on_stage.clean(seed, samples)
+def _rows(name: str, args: argparse.Namespace, dataset: Dataset) -> list[dict[str, Any]]:
+    """One network's scan: a row."""
+    make = functools.partial(scene.alone, args.attack[0]) if name == "none" else (
+        functools.partial(scene.make, name))
+    on_stage, seed = make(args, dataset, networks.directory()), args.network_seed
+    asr = None if name == "none" else on_stage.before.asr
+    batch, _ = on_stage.clean(seed, args.samples)
     found = detection.scan(on_stage.params, batch, key=jax.random.key(seed),
-                           config=AWMConfig(flip=on_stage.dataset.flip))
+                           config=_config(dataset))
     top = int(found.survey.damage.argmax())
-    return {"attack": name, "seed": seed, "asr": asr, "score": found.score, "lead": found.lead,
+    return [{"attack": name, "seed": seed, "asr": asr, "score": found.score, "lead": found.lead,
             "anomaly": float(found.anomaly.max()), "all_to_all": found.all_to_all,
             "first": top, "stay": float(found.survey.stay), "kept": float(found.survey.kept),
             "flips": float(found.flips), "concentration": float(found.concentration),
-            "arrivals": float(found.arrivals)}
+            "arrivals": float(found.arrivals)}]
+
+
+def _config(dataset: Dataset) -> AWMConfig:
+    """A scan's settings."""
+    return AWMConfig(flip=dataset.flip)
 
 
 def _auc_of(rows: list[dict], what: str, attack: str | None = None) -> float | None:
@@ -121,24 +133,21 @@ def run(args: argparse.Namespace) -> list[dict]:
     if args.checkpoint is not None:
         raise ValueError("Expected no --checkpoint: `python -m awm_jax scan` scans one network.")
     scene.check(args, dataset, (args.samples,))
-    cache = networks.directory()
     folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
     rows: list[dict] = []
-    results.set_aside(folder / "networks.json")
+    kept = resuming.Rows(folder / "networks.json", "experiments.detection", args, dataset)
+    settings = hashlib.sha256(f"{_config(dataset)!r}".encode()).hexdigest()[:8]
     wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}
     first = args.network_seed
     for seed, name in ((first + i, name) for i in range(max(wanted.values()))
                        for name, count in wanted.items() if i < count):
         args.network_seed = seed
-        on_stage = (scene.alone(args.attack[0], args, dataset, cache) if name == "none" else
-                    scene.make(name, args, dataset, cache))
-        asr = None if name == "none" else on_stage.before.asr
-        rows.append(_row(name, seed, asr, on_stage, args.samples))
+        # A clean network is trained as one with the first attack would be.
+        network = scene.network_name(args.attack[0] if name == "none" else name, args, dataset)
+        rows += kept.of(f"{name}/{network}/scan-{settings}-{args.samples}", _rows, name, args,
+                        dataset)
         _tell(rows[-1])
-        results.write_json(folder / "networks.json", {
-            **results.about(dataset), "arch": args.arch, "versions": results.versions(),
-            "command": " ".join(["python -m experiments.detection", *sys.argv[1:]]), "rows": rows})
-        (folder / "networks.md").write_text(table(rows) + "\n")
+        results.write_text(folder / "networks.md", table(rows) + "\n")
     print(f"\n{table(rows)}\n\nEverything is in {folder}/ (networks.json, networks.md).")
     return rows
 
@@ -153,7 +162,7 @@ def _tell(row: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.detection", lambda: run(args), stopped=cli.FROM_THE_START)
+    return cli.run("experiments.detection", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ that cannot remove it. Nobody defends with this: it looks at the attacker's trig
 """
 
 import argparse
+import functools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ import numpy as np
 from awm_jax.attacks import Attack, Trigger
 from awm_jax.defences import AWMConfig, purify
 from awm_jax.defences.survey import LEADS_BELOW, Survey
-from experiments import cli, defending, networks, pages, results, scene
+from experiments import cli, defending, networks, pages, results, resuming, scene
 from experiments.scene import Scene
 
 _WAYS = ("as it is", "oracle")
@@ -34,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="purifications of either kind (default: %(default)s)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/known_trigger"),
                    help="directory of known_trigger.json (default: %(default)s)")
+    cli.fresh_option(p)
     p.set_defaults(set=None, purify_epochs=None)
     return p
 
@@ -121,10 +124,15 @@ def measure(on_stage: Scene, seed: int, args: argparse.Namespace) -> list[dict[s
         size = np.abs(np.asarray(found.survey.triggers[target]))
         share = float(size[np.asarray(trigger) != 0].sum() / max(size.sum(), 1e-9))
         rows.append({"network": on_stage.name, "way": way, "seed": seed, "samples": args.samples,
-                     "after": on_stage.evaluate(found.params)._asdict(), "share": share,
-                     "commit": results.commit()})
+                     "after": on_stage.evaluate(found.params)._asdict(), "share": share})
         survey = told(found.survey, trigger, target)
     return rows
+
+
+def _measure(stage: Callable[[str], Scene], name: str, seed: int,
+             args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`measure`, of an attack's name."""
+    return measure(stage(name), seed, args)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -157,19 +165,19 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.attack:
         _fits(scene.untrained(name, args, dataset))
     rows: list[dict[str, Any]] = []
-    results.set_aside(args.out / "known_trigger.json")
+    kept = resuming.Rows(args.out / "known_trigger.json", "experiments.known_trigger", args,
+                         dataset)
+    stage = functools.lru_cache(maxsize=1)(
+        lambda name: scene.make(name, args, dataset, networks.directory()))
+    settings = f"{defending.fingerprint('awm', args, dataset)}-{args.samples}"
     for name in args.attack:
-        on_stage = scene.make(name, args, dataset, networks.directory())
+        network = scene.network_name(name, args, dataset)
         for seed in range(args.seeds):
-            rows += measure(on_stage, seed, args)
+            rows += kept.of(f"{network}/{settings}/{seed}", _measure, stage, name, seed, args)
             print("; ".join(
                 f"{row['network']}, seed {seed}, {row['way']}: ACC {row['after']['acc']:.1f}, ASR "
                 f"{row['after']['asr']:.1f}" for row in rows[-len(_WAYS):]), flush=True)
-            results.write_json(args.out / "known_trigger.json", {
-                **results.about(dataset), "arch": args.arch, "versions": results.versions(),
-                "command": " ".join(["python -m experiments.known_trigger", *sys.argv[1:]]),
-                "rows": rows})
-    (args.out / "known_trigger.md").write_text(table(rows) + "\n")
+    results.write_text(args.out / "known_trigger.md", table(rows) + "\n")
     print(f"\n{table(rows)}\n\nEverything is in {args.out}/.")
     return rows
 
@@ -177,7 +185,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.known_trigger", lambda: run(args), stopped=cli.FROM_THE_START)
+    return cli.run("experiments.known_trigger", lambda: run(args))
 
 
 if __name__ == "__main__":

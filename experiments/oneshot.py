@@ -22,7 +22,7 @@ from awm_jax import metrics
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cli, defending, hosts, networks, presets, results, scene, sweeping
+from experiments import cli, defending, hosts, networks, results, scene, sweeping
 from experiments.sweeping import Cell
 
 
@@ -164,7 +164,7 @@ def _stage(args, dataset: Dataset, folder: pathlib.Path, book: _Book,
     def stage(attack: str) -> scene.Scene:
         on_stage = dataclasses.replace(
             scene.make(attack, args, dataset, networks.directory()),
-            measured=book.before(_network_name(attack, args, dataset)))
+            measured=book.before(scene.network_name(attack, args, dataset)))
         defending.show_attack(on_stage, folder)
         return on_stage
 
@@ -200,22 +200,11 @@ def _work(todo: list[Cell], stage: Callable[[str], scene.Scene], folder: pathlib
         started = time.perf_counter()
 
 
-def _network_name(attack: str, args, dataset: Dataset) -> str:
-    """Names a suspect network and its trigger by all that decides them."""
-    epochs = args.epochs or presets.epochs(dataset, attack)
-    network = (f"e{epochs}-p{scene.rate(attack, args)}-s{args.network_seed}"
-               if args.checkpoint is None else
-               f"{args.checkpoint}-{scene.file_digest(args.checkpoint)}")
-    trigger = "" if args.trigger is None else f"/{scene.picture_name(args)}"
-    target = "" if args.target is None else f"/t{args.target}"
-    return f"{attack}{trigger}{target}/{network}"
-
-
 def _cell_name(attack: str, defence: str, seed: int, args, dataset: Dataset) -> str:
     """Names a purification by all that decides it, so that a resumed run mixes nothing up."""
     settings = f"{defending.fingerprint(defence, args, dataset)}-{args.samples}"
     title = defending.label(defence, args)
-    return f"{_network_name(attack, args, dataset)}/{title}-{settings}/{seed}"
+    return f"{scene.network_name(attack, args, dataset)}/{title}-{settings}/{seed}"
 
 
 def main(argv: list[str] | None = None) -> int:

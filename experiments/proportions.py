@@ -15,7 +15,7 @@ import numpy as np
 
 from awm_jax.defences.anp import prediction_proportions
 from awm_jax.report import figures
-from experiments import cli, networks, pages, results, scene
+from experiments import cli, networks, pages, results, resuming, scene
 from experiments.scene import Scene
 
 
@@ -53,23 +53,25 @@ def _parser() -> argparse.ArgumentParser:
                      help="a network without a backdoor, trained alike, beside each")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/proportions"),
                    help="directory of proportions.json and the pictures (default: %(default)s)")
+    cli.fresh_option(p)
     return p
 
 
 _proportions = jax.jit(prediction_proportions, static_argnames=("eps", "steps"))
 
 
-def measure(on_stage: Scene, samples: str | int, eps: float, steps: int, seeds: int) -> dict:
-    """One network, one number of images, one bound: every seed's shares and error rate."""
+def measure(on_stage: Scene, samples: str | int, eps: float, steps: int,
+            seeds: int) -> list[dict]:
+    """One network, one number of images, one bound: a row of every seed's shares and errors."""
     found = []
     for seed in range(seeds):
         batch, _ = on_stage.clean(seed, samples)
         found.append(_proportions(jax.random.key(seed), on_stage.params, batch.images,
                                   batch.labels, eps=eps, steps=steps))
     shares = np.stack([one.shares for one in found])
-    return {"network": on_stage.name, "samples": samples, "eps": eps, "steps": steps,
-            "target": on_stage.attack.target, "shares": shares,
-            "error_rate": [float(one.error_rate) for one in found]}
+    return [{"network": on_stage.name, "samples": samples, "eps": eps, "steps": steps,
+             "target": on_stage.attack.target, "shares": shares,
+             "error_rate": [float(one.error_rate) for one in found]}]
 
 
 def table(rows: list[dict]) -> list[list[str]]:
@@ -110,12 +112,15 @@ def run(args: argparse.Namespace) -> list[dict]:
     scene.check(args, dataset, args.samples)
     cache = networks.directory()
     rows: list[dict] = []
-    results.set_aside(args.out / "proportions.json")
+    kept = resuming.Rows(args.out / "proportions.json", "experiments.proportions", args, dataset)
     for attack in args.attack:
         attacked = scene.make(attack, args, dataset, cache)
         for on_stage in (attacked, scene.benign(attacked, cache)) if args.benign else (attacked,):
-            mine = [measure(on_stage, samples, eps, args.steps, args.seeds)
-                    for samples in args.samples for eps in args.eps]
+            network = scene.network_name(attack, args, dataset) + (
+                "" if on_stage is attacked else "/benign")
+            mine = [row for samples in args.samples for eps in args.eps for row in kept.of(
+                f"{network}/{samples}-{eps}-{args.steps}-{args.seeds}", measure, on_stage, samples,
+                eps, args.steps, args.seeds)]
             stem = attacked.name.replace(":", "-") + ("-benign" if on_stage is not attacked else "")
             figures.proportions(
                 args.out / f"{stem}.png",
@@ -123,10 +128,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 attacked.attack.target, f"{on_stage.name}: predictions of the perturbed network")
             rows += mine
             print(_table(mine), flush=True)
-            results.write_json(args.out / "proportions.json", {
-                **results.about(dataset), "arch": args.arch, "versions": results.versions(),
-                "rows": rows})
-    (args.out / "proportions.md").write_text(_table(rows) + "\n")
+    results.write_text(args.out / "proportions.md", _table(rows) + "\n")
     print(f"Everything is in {args.out}/ (proportions.json, proportions.md, pictures).")
     return rows
 
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.proportions", lambda: run(args), stopped=cli.FROM_THE_START)
+    return cli.run("experiments.proportions", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def set_aside(path: pathlib.Path) -> None:
     """Renames what an earlier run left where a new one is going to write, and says so.
 
-    For commands that begin anew each time: whatever is asked of them next, nothing is lost.
+    Whatever is asked of a command next, nothing is lost.
     """
     if path.exists():
         names = (path.with_suffix(f".earlier{i or ''}{path.suffix}") for i in itertools.count())

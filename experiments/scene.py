@@ -195,6 +195,17 @@ def _digest(path: pathlib.Path, files: tuple[pathlib.Path, ...], stats: tuple) -
     return found.hexdigest()[:8]
 
 
+def network_name(attack: str, args, dataset: Dataset) -> str:
+    """Names a suspect network and its trigger by all that decides them but data set and arch."""
+    epochs = args.epochs or presets.epochs(dataset, attack)
+    network = (f"e{epochs}-p{rate(attack, args)}-s{args.network_seed}"
+               if args.checkpoint is None else
+               f"{args.checkpoint}-{file_digest(args.checkpoint)}")
+    trigger = "" if args.trigger is None else f"/{picture_name(args)}"
+    target = "" if args.target is None else f"/t{args.target}"
+    return f"{attack}{trigger}{target}/{network}"
+
+
 def picture_name(args) -> str:
     """Names the trigger of ``--trigger`` by its picture and how it is laid on images."""
     mode = args.trigger_mode + (f"{args.blend_ratio:g}" if args.trigger_mode == "blend" else "")

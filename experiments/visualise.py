@@ -25,7 +25,7 @@ from awm_jax.defences.ac import features
 from awm_jax.progress import waiting
 from awm_jax.report import explanations
 from awm_jax.types import Params
-from experiments import cli, defending, networks, results, scene, watching
+from experiments import cli, defending, networks, resuming, scene, watching
 from experiments.scene import Scene
 
 _BATCH = 256  # clean images of a gradient, as many as FT-SAM's batches have
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="images with heat maps (default: %(default)s)")
     what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/visualise"),
                       help="directory of visualise.json and the pictures (default: %(default)s)")
+    cli.fresh_option(p)
     p.set_defaults(set=None, variant="")
     return p
 
@@ -263,6 +264,11 @@ def show(on_stage: Scene, args) -> dict[str, Any]:
             "heat_maps": heat}
 
 
+def _rows(attack: str, args, dataset: Dataset) -> list[dict[str, Any]]:
+    """`show` of the network that carries an attack."""
+    return [show(scene.make(attack, args, dataset, networks.directory()), args)]
+
+
 def _check(args, dataset: Dataset) -> None:
     """What would go wrong after the training.
 
@@ -299,14 +305,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     dataset = cli.load(args)
     _check(args, dataset)
     rows: list[dict[str, Any]] = []
-    results.set_aside(args.out / "visualise.json")
+    kept = resuming.Rows(args.out / "visualise.json", "experiments.visualise", args, dataset)
+    settings = "-".join([args.defence, defending.fingerprint(args.defence, args, dataset),
+                         *map(str, (args.samples, args.images, args.shown))])
     for attack in args.attack:
-        rows.append(show(scene.make(attack, args, dataset, networks.directory()),
-                         args))
+        key = f"{scene.network_name(attack, args, dataset)}/{settings}/{args.seed}"
+        rows += kept.of(key, _rows, attack, args, dataset)
         print(_summary(rows[-1]), flush=True)
-        results.write_json(args.out / "visualise.json", {
-            **results.about(dataset), "arch": args.arch, "versions": results.versions(),
-            "rows": rows})
     print(f"Everything is in {args.out}/ (visualise.json, pictures).")
     return rows
 
@@ -314,7 +319,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
     args = _parser().parse_args(argv)
-    return cli.run("experiments.visualise", lambda: run(args), stopped=cli.FROM_THE_START)
+    return cli.run("experiments.visualise", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def test_draws_every_figure(tiny_dataset, capsys):
     assert visualise.main([*ARGV, "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("badnets, ft_sam: ACC") == 1
     stems = [f"badnets-ft_sam-{name}.png" for name in ("epochs", "features", "heat", "neurons")]
-    assert sorted(path.name for path in out.iterdir()) == [*stems, "visualise.json"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == [*stems, "visualise.json"]
     for stem in stems:
         with Image.open(out / stem) as image:
             assert np.asarray(image.convert("RGB")).std() > 1

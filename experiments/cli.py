@@ -193,7 +193,11 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def fresh_option(p: argparse.ArgumentParser) -> None:
-    """``--fresh``, of the commands that keep `experiments.resuming.Rows`."""
+    """Adds ``--fresh``, of the commands that keep `experiments.resuming.Rows`.
+
+    Args:
+      p: the command's parser.
+    """
     p.add_argument("--fresh", action="store_true",
                    help="begin anew instead of going on; what the directory held is renamed")
 

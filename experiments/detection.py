@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> list[dict]:
     folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
     rows: list[dict] = []
     kept = resuming.Rows(folder / "networks.json", "experiments.detection", args, dataset)
-    settings = hashlib.sha256(f"{_config(dataset)!r}".encode()).hexdigest()[:8]
+    # Resolved, so that constants of a later release are other settings.
+    constants = _config(dataset).resolve(1, dataset.train_images.shape[1:])
+    settings = hashlib.sha256(repr(constants).encode()).hexdigest()[:8]
     wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}
     first = args.network_seed
     for seed, name in ((first + i, name) for i in range(max(wanted.values()))

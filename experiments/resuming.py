@@ -21,6 +21,8 @@ class Rows:
       command: the module that writes it.
       args: its options: ``arch``, and ``fresh``, which begins anew.
       dataset: the data.
+
+    Example: ``kept.of(f'{network}/{settings}/{seed}', measure, on_stage, seed, args)``.
     """
 
     def __init__(self, path: pathlib.Path, command: str, args: Any, dataset: Dataset):

@@ -196,7 +196,18 @@ def _digest(path: pathlib.Path, files: tuple[pathlib.Path, ...], stats: tuple) -
 
 
 def network_name(attack: str, args, dataset: Dataset) -> str:
-    """Names a suspect network and its trigger by all that decides them but data set and arch."""
+    """Names a suspect network and its trigger by all that decides them but data set and arch.
+
+    Args:
+      attack: a key of `awm_jax.attacks.ATTACKS`.
+      args: as `experiments.cli.parser` gives them.
+      dataset: the data.
+
+    Returns:
+      The name; of a file of somebody else's, with a digest of what it holds.
+
+    Example: ``'badnets/e4-p0.05-s0'``.
+    """
     epochs = args.epochs or presets.epochs(dataset, attack)
     network = (f"e{epochs}-p{rate(attack, args)}-s{args.network_seed}"
                if args.checkpoint is None else

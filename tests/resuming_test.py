@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from awm_jax.defences.awm_config import VARIANTS
 from experiments import (
     backdoor,
     cli,
@@ -140,3 +141,13 @@ def test_a_network_is_named_by_all_that_decides_it():
     names = [scene.network_name("badnets", cli.parser().parse_args(argv), digits)
              for argv in argvs]
     assert len(set(names)) == len(argvs)
+
+
+def test_a_scan_with_other_constants_is_another(tiny_dataset, monkeypatch):
+    calls = []
+    monkeypatch.setattr(detection, "_rows", lambda *args: calls.append(args) or [ROWS[detection]])
+    argv = ["--networks", "1", "--epochs", "1", "--arch", "tiny_cnn", "--out",
+            str(tiny_dataset / "run")]
+    assert detection.main(argv) == 0 and len(calls) == 2
+    monkeypatch.setitem(VARIANTS["distilled"], "survey_steps", 500)
+    assert detection.main(argv) == 0 and len(calls) == 4

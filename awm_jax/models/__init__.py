@@ -279,7 +279,7 @@ def deep_convolutions(arch: Arch) -> tuple[str, ...]:
       ('conv3', 'conv4', 'conv5', 'conv6')
 
     Reference: AWM paper, Table 9, masks one layer at a time; what leaving the first layers out does
-    is in docs/results.md.
+    is in docs/development.md.
     """
     areas: dict[str, int] = {}
 

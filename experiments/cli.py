@@ -202,6 +202,17 @@ def fresh_option(p: argparse.ArgumentParser) -> None:
                    help="begin anew instead of going on; what the directory held is renamed")
 
 
+def set_option(group) -> None:
+    """Adds ``--set NAME=VALUE``, which `experiments.defending.config` reads.
+
+    Args:
+      group: the options of the defence.
+    """
+    group.add_argument("--set", type=_setting, action="append", metavar="NAME=VALUE",
+                       help="a setting of the chosen defences that have it, such as "
+                       "threshold=.3; repeatable")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the main job."""
     p = scene_parser(
@@ -219,9 +230,7 @@ def parser() -> argparse.ArgumentParser:
                          "number (default: %(default)s)")
     defence.add_argument("--purify_epochs", type=positive,
                          help="epochs of the defence, where it counts any (default: its own)")
-    defence.add_argument("--set", type=_setting, action="append", metavar="NAME=VALUE",
-                         help="a setting of the chosen defences that have it, such as "
-                         "threshold=.3; repeatable")
+    set_option(defence)
     defence.add_argument("--grid", type=_grid, action="append", metavar="NAME=VALUE,VALUE",
                          help="the chosen defences that have the setting once with each value, as "
                          "rows of their own; repeatable, each with each")

@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 import time
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -59,6 +60,23 @@ def config(name: str, args, dataset: Dataset) -> Any:
         return dataclasses.replace(default, **chosen)
     except TypeError as error:
         raise ValueError(f"{name} refuses {chosen}: {error}") from error
+
+
+def check_set(names: Iterable[str], asked: Iterable[tuple[str, Any]]) -> None:
+    """That what ``--set`` and ``--grid`` name are settings.
+
+    Args:
+      names: the chosen defences.
+      asked: setting and value.
+
+    Raises:
+      ValueError: one that none of them has.
+    """
+    known = {field for name in names for field in vars(DEFENCES[name].default)}
+    for field, _ in asked:
+        if field not in known:
+            raise ValueError(f"Expected {field} of --set or --grid to be a setting of a chosen "
+                             f"defence; they are: {', '.join(sorted(known))}.")
 
 
 def _value(name: str, field: str, text: str) -> Any:

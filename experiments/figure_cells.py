@@ -45,20 +45,24 @@ class Record(NamedTuple):
     note: str = ""
 
 
-class Shares(NamedTuple):
-    """A figure of what perturbed networks predict, from `experiments.proportions`.
+class Measured(NamedTuple):
+    """A figure of what a command of its own measures.
 
     Args:
       title: what it shows.
-      arch: the paper's network.
+      command: a module of `experiments`: ``'proportions'`` or ``'thresholds'``.
+      arch: the paper's network; of this project's own figures the usual one.
       options: of that command, beyond the network, the data directory and ``--out``.
       note: what a reader must know.
+      printed: whether there is such a figure in a paper.
     """
 
     title: str
+    command: str
     arch: str
     options: tuple[str, ...]
     note: str = ""
+    printed: bool = True
 
 
 _SINGLE = ("badnets", "trojan_sq", "trojan_wm", "l0_inv", "l2_inv")
@@ -89,7 +93,8 @@ def _sensitivity(number: int, name: str, values: tuple[str, ...], attacks: tuple
 
 _TAUS = ("10", "50", "100", "300", "1000", "3000")
 _ALPHAS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
-_THRESHOLDS = ("0.05", "0.1", "0.2", "0.3", "0.4", "0.6")
+_ORACLE = ("Every threshold of masks that were learnt once, scored on test and triggered images: "
+           "what a defender cannot see, so the best one is an oracle's.")
 
 FIGURES = {
     "awm_fig2_alpha": _sensitivity(
@@ -100,13 +105,6 @@ FIGURES = {
     "awm_fig2_tau": _sensitivity(2, "tau", _TAUS, ("trojan_sq",), True, ""),
     "awm_fig3": _sensitivity(3, "tau", _TAUS, ("trojan_sq", "trojan_wm", "badnets", "l0_inv"),
                              True, "It does not print the number of images: Figure 2's."),
-    "awm_fig1_prune": Figure(
-        Table("AWM, Figure 1(b), right: ANP's threshold, CIFAR-10, 500 clean images", "cifar10", "",
-              ("badnets",), (500,), _columns("anp", "threshold", _THRESHOLDS), {}, {},
-              "The paper compares ResNet-18 with the small VGG: --arch resnet18 runs the other. "
-              "It prints neither the number of images nor the values on the axis.",
-              usual="small_vgg"),
-        "threshold", tuple(map(float, _THRESHOLDS))),
     "anp_fig10": Figure(
         Table("ANP, Figure 10: the trade-off alpha, CIFAR-10, threshold .2", "cifar10", "resnet18",
               ("badnets_checkerboard", "blended", "clb"), (500,),
@@ -131,14 +129,27 @@ RECORDS = {
         ("trojan_a2a",), (100,), tuple(f"VGG-{i}" for i in range(1, 7)), joined=True),
 }
 
-SHARES = {
-    "awm_fig1": Shares(
-        "AWM, Figure 1(a) and (b), left: what perturbed networks predict", "resnet18",
+MEASURED = {
+    "awm_fig1_prune": Measured(
+        "AWM, Figure 1(b), right: ANP's threshold, CIFAR-10, 500 clean images", "thresholds",
+        "small_vgg", ("--dataset", "cifar10", "--attack", "badnets", "--samples", "500"),
+        f"{_ORACLE} The paper compares ResNet-18 with the small VGG: --arch resnet18 --out with "
+        "another name that begins with awm_fig1_prune is the other. It prints neither the number "
+        "of images nor the values on the axis."),
+    "anp_thresholds": Measured(
+        "What ANP's threshold decides: GTSRB, one image a class", "thresholds", "small_vgg",
+        ("--dataset", "gtsrb", "--attack", "awm"),
+        f"{_ORACLE} The networks and the draws of AWM's Table 8, whose ANP takes .2.",
+        printed=False),
+    "awm_fig1": Measured(
+        "AWM, Figure 1(a) and (b), left: what perturbed networks predict", "proportions",
+        "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets", "--samples", "one-shot,500,5000"),
         "The VGG of (b): --arch small_vgg --out with another name that begins with awm_fig1. The "
         "right part of (a), ANP by number of images, is the ANP column of awm1r and awm2."),
-    "anp_fig8": Shares(
-        "ANP, Figures 8 and 9: error rates and predictions of perturbed networks", "resnet18",
+    "anp_fig8": Measured(
+        "ANP, Figures 8 and 9: error rates and predictions of perturbed networks", "proportions",
+        "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets_checkerboard,sig", "--samples", "500",
          "--eps", ".1,.2,.3,.4", "--benign"),
         "Its second benign network, trained on a set with more images of one class, has no command "

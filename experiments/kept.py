@@ -17,11 +17,11 @@ class Kept(NamedTuple):
 
     Args:
       cells: scores of every purification, by its name; of some also a curve or masks.
-      shares: what `experiments.proportions` measured, by the name of its directory.
+      measured: what other commands measured, by the name of their directory.
     """
 
     cells: dict[str, Any]
-    shares: dict[str, Any]
+    measured: dict[str, Any]
 
 
 def read(path: pathlib.Path) -> Kept:
@@ -34,7 +34,7 @@ def read(path: pathlib.Path) -> Kept:
         return Kept({}, {})
     try:
         found = json.loads(path.read_text())
-        return Kept(dict(found["cells"]), dict(found.get("shares", {})))
+        return Kept(dict(found["cells"]), dict(found.get("measured", {})))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"Expected {path} to be written by experiments.report, it is damaged "
                          f"({error}). Move it away.") from error
@@ -48,7 +48,7 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
       earlier: from `read`.
 
     Raises:
-      ValueError: a damaged results.json or proportions.json.
+      ValueError: a damaged results.json, or another command's file.
     """
     found, cells, commit = tables.read(runs), dict(earlier.cells), results.commit()
     seeds = 1 + max((key[3] for run in found.values() for key in run["done"]), default=0)
@@ -72,7 +72,7 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
                           "commit": done.get("commit", old["commit"] if same else commit),
                           **({k: v for k, v in old.items() if k in _RECORDED} if same else {}),
                           **(_records(done) if key in recorded else {})}
-    return Kept(cells, {**earlier.shares, **_shares(runs)})
+    return Kept(cells, {**earlier.measured, **_measured(runs)})
 
 
 def name(cell: Cell) -> str:
@@ -106,28 +106,44 @@ def _records(done: dict[str, Any]) -> dict[str, Any]:
             **({"masks": done["masks"]} if done.get("masks") else {})}
 
 
-def _shares(runs: pathlib.Path) -> dict[str, Any]:
-    """What `experiments.proportions` left in directories named after figures."""
+def _measured(runs: pathlib.Path) -> dict[str, Any]:
+    """What other commands left in directories named after figures."""
     found = {}
-    for figure in figure_cells.SHARES:
-        for path in sorted(runs.glob(f"{figure}*/proportions.json")):
+    for figure, one in figure_cells.MEASURED.items():
+        for path in sorted(runs.glob(f"{figure}*/{one.command}.json")):
             try:
                 run = json.loads(path.read_text())
                 found[path.parent.name] = {
+                    "command": one.command,
                     **{key: run[key] for key in ("dataset", "arch", "versions")},
-                    "rows": [_rounded(row) for row in run["rows"]]}
+                    "rows": [_ROUNDED[one.command](row) for row in run["rows"]]}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"Expected {path} to be written by experiments.proportions, it is damaged "
+                    f"Expected {path} to be written by experiments.{one.command}, it is damaged "
                     f"({type(error).__name__}: {error}). Move it away.") from error
     return found
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+def _proportions(row: dict[str, Any]) -> dict[str, Any]:
     """A row of proportions.json with four digits."""
     return {**{key: row[key] for key in ("network", "samples", "eps", "steps", "target")},
             "shares": [[round(share, 4) for share in seed] for seed in row["shares"]],
             "error_rate": [round(rate, 4) for rate in row["error_rate"]]}
+
+
+def _thresholds(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of thresholds.json with two digits."""
+    def rounded(scores):
+        return {key: round(scores[key], 2) for key in _SCORES}
+
+    return {**{key: row[key] for key in ("key", "network", "defence", "set", "samples", "seed",
+                                         "neurons", "used", "commit")},
+            "before": rounded(row["before"]),
+            "points": [{"threshold": point["threshold"], "pruned": point["pruned"],
+                        **rounded(point)} for point in row["points"]]}
+
+
+_ROUNDED = {"proportions": _proportions, "thresholds": _thresholds}
 
 
 def places(plan: str, arch: str, cells: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:

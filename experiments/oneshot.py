@@ -51,11 +51,7 @@ def _defences(args, dataset: Dataset) -> tuple[str, ...]:
         raise ValueError(f"No defence is left. {said}")
     if said:
         print(said, flush=True)
-    known = {field for name in names for field in vars(DEFENCES[name].default)}
-    for field, _ in [*(args.set or ()), *(args.grid or ())]:
-        if field not in known:
-            raise ValueError(f"Expected {field} of --set or --grid to be a setting of a chosen "
-                             f"defence; they are: {', '.join(sorted(known))}.")
+    defending.check_set(names, [*(args.set or ()), *(args.grid or ())])
     for name in names:
         for variant in _variants(name, args):
             defending.config(name, variant, dataset)

@@ -136,9 +136,10 @@ def _front(held: Kept, drawn: Rows, findings: pathlib.Path) -> Page:
     rows += [_count(name, arch, held.cells) for name, arch in begun]
     others = [f"[{table.title}]({name}.md)" for name, table in TABLES.items()
               if name not in dict(begun)]
-    everything = [*held.cells.values(), *held.shares.values()]
+    everything = [*held.cells.values(), *held.measured.values()]
     made = sorted({json.dumps(c["versions"], sort_keys=True) for c in everything})
-    commits = sorted({c["commit"] for c in held.cells.values()})
+    commits = sorted({c["commit"] for c in held.cells.values()} | {
+        row["commit"] for run in held.measured.values() for row in run["rows"] if "commit" in row})
     versions = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(m).items()) for m in made)
     said = [findings.read_text().strip()] if findings.exists() else []
     return Page("The papers' tables and figures", [

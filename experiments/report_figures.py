@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from awm_jax.report import figures
-from experiments import kept, proportions, results, tables
-from experiments.figure_cells import FIGURES, RECORDS, SHARES, Figure, Record, Shares
+from experiments import kept, proportions, results, tables, thresholds
+from experiments.figure_cells import FIGURES, MEASURED, RECORDS, Figure, Measured, Record
 from experiments.kept import Kept
 from experiments.pages import Heading, Page, Picture, Rows
 
@@ -30,8 +30,8 @@ def make(held: Kept, out: pathlib.Path) -> dict[str, Page]:
                for name, figure in FIGURES.items()},
             **{name: _record_page(name, record, held.cells, out)
                for name, record in RECORDS.items()},
-            **{name: _shares_page(name, shares, held.shares, out)
-               for name, shares in SHARES.items()}}
+            **{name: _measured_page(name, one, held.measured, out)
+               for name, one in MEASURED.items()}}
 
 
 def states(held: Kept) -> Rows:
@@ -50,9 +50,9 @@ def states(held: Kept) -> Rows:
         chosen = kept.cells_of(record)
         found = sum(record.kept in held.cells.get(kept.name(cell), {}) for cell in chosen)
         rows.append([f"[{record.title}]({name}.md)", chosen[0].arch, f"{found} of {len(chosen)}"])
-    for name, shares in SHARES.items():
-        found_in = [run["arch"] for key, run in held.shares.items() if key.startswith(name)]
-        rows.append([f"[{shares.title}]({name}.md)", ", ".join(found_in) or shares.arch,
+    for name, one in MEASURED.items():
+        found_in = [run["arch"] for run in _of(name, held.measured).values()]
+        rows.append([f"[{one.title}]({name}.md)", ", ".join(found_in) or one.arch,
                      "drawn" if found_in else _MISSING])
     return rows
 
@@ -174,20 +174,36 @@ def _draw_masks(there: dict, record: Record, path: pathlib.Path, title: str) -> 
             *([layer, *(f"{value:.1f}" for value in values)] for layer, values in layers.items())]
 
 
-def _shares_page(name: str, shares: Shares, found: dict[str, Any], out: pathlib.Path) -> Page:
-    """What perturbed networks predict."""
-    page = Page(shares.title, [f"{_UNPRINTED} {shares.note}".strip()])
-    mine = {key: run for key, run in found.items() if key.startswith(name)}
+def _of(name: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """What there is of a figure, by directory: one of its command whose name begins with its."""
+    return {key: run for key, run in measured.items()
+            if key.startswith(name) and run["command"] == MEASURED[name].command}
+
+
+def _measured_page(name: str, one: Measured, measured: dict[str, Any], out: pathlib.Path) -> Page:
+    """What a command of its own measured."""
+    page = Page(one.title, [f"{_UNPRINTED if one.printed else ''} {one.note}".strip()])
+    mine = _of(name, measured)
     for key, run in mine.items():
-        other = "" if run["arch"] == shares.arch else f"; the paper's network is {shares.arch}"
-        page.blocks.extend([Heading(f"{run['dataset']}, {run['arch']}{other}"),
-                            proportions.table(run["rows"]),
-                            *_draw_shares(key, run["rows"], out)])
+        other = "" if run["arch"] == one.arch else f"; the paper's network is {one.arch}"
+        blocks: list[str | Rows | Heading | Picture]
+        if one.command == "proportions":
+            blocks = [proportions.table(run["rows"]), *_draw_shares(key, run["rows"], out)]
+        else:
+            blocks = [thresholds.table(run["rows"]), *_draw_thresholds(key, run, out)]
+        page.blocks.extend([Heading(f"{run['dataset']}, {run['arch']}{other}"), *blocks])
     if not mine:
-        page.blocks.append(f"Missing. Make it with `python -m experiments.proportions --arch "
-                           f"{shares.arch} {' '.join(shares.options)} --data_dir DIR --out "
+        page.blocks.append(f"Missing. Make it with `python -m experiments.{one.command} --arch "
+                           f"{one.arch} {' '.join(one.options)} --data_dir DIR --out "
                            f"{tables.RUNS}/{name}`.")
     return page
+
+
+def _draw_thresholds(key: str, run: dict[str, Any], out: pathlib.Path) -> list[Picture]:
+    """ACC and ASR over the threshold."""
+    picture = Picture(f"{key}.png", f"Every threshold, {run['dataset']}, {run['arch']}")
+    thresholds.draw(out / picture.file, run["rows"], picture.text)
+    return [picture]
 
 
 def _draw_shares(key: str, rows: list[dict], out: pathlib.Path) -> list[Picture]:

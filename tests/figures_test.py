@@ -9,8 +9,17 @@ import pytest
 from PIL import Image
 
 from experiments import cells as declared
-from experiments import figure_cells, kept, pages, proportions, report, table_cells, tables
-from experiments.figure_cells import FIGURES, RECORDS, SHARES
+from experiments import (
+    figure_cells,
+    kept,
+    pages,
+    proportions,
+    report,
+    table_cells,
+    tables,
+    thresholds,
+)
+from experiments.figure_cells import FIGURES, MEASURED, RECORDS
 
 _MASKS = [80.0, 0, 0, 0, 0, 0, 0, 0, 0, 20.0]
 
@@ -136,14 +145,15 @@ def test_a_purification_made_again_loses_the_record_of_the_one_before(tmp_path):
     assert "masks" not in kept.read(out / "figures.json").cells[kept.name(cell)]
 
 
-def test_shares_are_found_where_the_missing_ones_are_asked_for(tmp_path, capsys):
+def test_commands_rows_are_found_where_the_missing_ones_are_asked_for(tmp_path, capsys):
     out = _report(tmp_path)
-    for name, shares in SHARES.items():
+    for name, one in MEASURED.items():
         text = (out / f"{name}.md").read_text()
-        command = text.partition("python -m experiments.proportions ")[2].partition("`")[0]
-        args = proportions._parser().parse_args(shlex.split(command))
-        assert args.arch == shares.arch and args.out == tables.RUNS / name
-        assert f"({name}.md) | resnet18 | missing |" in (out / "README.md").read_text()
+        command = text.partition(f"python -m experiments.{one.command} ")[2].partition("`")[0]
+        module = {"proportions": proportions, "thresholds": thresholds}[one.command]
+        args = module._parser().parse_args(shlex.split(command))
+        assert args.arch == one.arch and args.out == tables.RUNS / name
+        assert f"({name}.md) | {one.arch} | missing |" in (out / "README.md").read_text()
     run = {"dataset": "cifar10", "arch": "small_vgg", "versions": {"jax": "0"}, "rows": [
         {"network": network, "samples": 500, "eps": eps, "steps": 1, "target": 1,
          "shares": [[0.25, 0.75], [0.75, 0.25]], "error_rate": [eps, eps]}
@@ -166,9 +176,40 @@ def test_shares_are_found_where_the_missing_ones_are_asked_for(tmp_path, capsys)
     assert f"Expected {path}" in capsys.readouterr().err
 
 
+def _thresholds(seed, asr):
+    """A row of thresholds.json: a threshold that prunes nothing and one that prunes 3 of 9."""
+    before = {"acc": 90.0, "asr": 99.0, "asr_all": 99.0, "recovered": 1.0}
+    points = [{"threshold": 0.0, "pruned": 0, **before},
+              {"threshold": 0.2, "pruned": 3, "acc": 88.0, "asr": asr, "asr_all": asr + 5}]
+    return {"key": f"badnets/e4/anp-1/0,0.2/{seed}", "network": "badnets", "defence": "anp",
+            "set": [], "samples": 500, "seed": seed, "neurons": 9, "used": 0.2, "before": before,
+            "points": points, "commit": "abc"}
+
+
+def test_thresholds_are_drawn_and_kept(tmp_path):
+    run = {"dataset": "cifar10", "arch": "resnet18", "versions": {"jax": "0"},
+           "rows": [_thresholds(0, 20.0), _thresholds(1, 40.0)]}
+    # Its name begins with another figure's, too, which is another command's.
+    path = tmp_path / "runs" / "awm_fig1_prune-resnet18" / "thresholds.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(run))
+    out = _report(tmp_path)
+    text = (out / "awm_fig1_prune.md").read_text()
+    assert "## cifar10, resnet18; the paper's network is small_vgg" in text
+    line = "3.00±0.00 | 88.00±0.00 | 30.00±14.14 | 35.00±14.14 | 2 |"
+    assert f"| badnets, anp, 500 | 0.2 | {line}" in text and text.count(line) == 2
+    assert "by triggered images | " + line in text
+    assert (out / "awm_fig1_prune-resnet18.png").exists()
+    assert "Missing" in (out / "awm_fig1.md").read_text()
+    front = (out / "README.md").read_text()
+    assert "(awm_fig1_prune.md) | resnet18 | drawn |" in front and "Commits: abc" in front
+    assert not list(out.glob("anp_thresholds*.png"))
+    _same_without_runs(tmp_path, out)
+
+
 def test_earlier_figures_json_is_read(tmp_path):
     path = tmp_path / "figures.json"
-    path.write_text('{"cells": {"a/b/c/1/d/0": {}}}')  # without shares
+    path.write_text('{"cells": {"a/b/c/1/d/0": {}}}')  # without other commands' rows
     assert kept.read(path) == kept.Kept({"a/b/c/1/d/0": {}}, {})
     assert kept.read(tmp_path / "none.json") == kept.Kept({}, {})
 

@@ -14,6 +14,7 @@ from experiments import (
     proportions,
     resuming,
     scene,
+    thresholds,
     visualise,
 )
 
@@ -26,6 +27,8 @@ ROWS = {
     known_trigger: {"network": "a", "way": "oracle", "seed": 0, "share": 0.5, "after": _SCORES},
     proportions: {"network": "a", "samples": 20, "eps": 0.1, "steps": 1, "target": 0,
                   "shares": [[0.5, 0.5]], "error_rate": [0.5]},
+    thresholds: {"network": "a", "defence": "anp", "set": [], "samples": 20, "before": _SCORES,
+                 "points": [{"threshold": 0.2, "pruned": 1, **_SCORES}]},
     visualise: {"network": "a", "defence": "ft", "before": _SCORES, "after": _SCORES,
                 "correlations": {"backdoored": {"spearman": 0.5}}},
 }
@@ -34,6 +37,7 @@ ASKED = [(backdoor, "_rows", "networks", ["--attack", "badnets,sig"]),
          (detection, "_rows", "networks", ["--networks", "1"]),
          (known_trigger, "measure", "known_trigger", ["--seeds", "2"]),
          (proportions, "measure", "proportions", ["--eps", ".1,.2"]),
+         (thresholds, "measure", "thresholds", ["--seeds", "2"]),
          (visualise, "show", "visualise", ["--attack", "badnets,sig", "--defence", "ft"])]
 
 
@@ -71,6 +75,8 @@ def test_an_interrupted_command_goes_on(tiny_dataset, monkeypatch, capsys, comma
     (known_trigger, ["--samples", "20"]), (proportions, ["--steps", "2"]),
     (proportions, ["--seeds", "3"]), (visualise, ["--seed", "1"]), (visualise, ["--images", "99"]),
     (visualise, ["--purify_epochs", "3"]), (visualise, ["--target", "1"]),
+    (thresholds, ["--samples", "20"]), (thresholds, ["--thresholds", ".2"]),
+    (thresholds, ["--defence", "rnp"]), (thresholds, ["--set", "lr=.1"]),
     (detection, ["--samples", "20"]), (backdoor, ["--poison_rate", ".2"])])
 def test_what_is_asked_otherwise_is_done(tiny_dataset, monkeypatch, command, more):
     name, argv = next((name, argv) for one, name, _, argv in ASKED if one is command)

@@ -35,7 +35,7 @@ def _zeroed(params, masks, threshold):
 
 @pytest.mark.parametrize("name", thresholds.PRUNING)
 def test_every_threshold_is_what_the_defence_would_have_left(on_stage, name):
-    more = ["--set", "recover_steps=8", "--set", "unlearn_epochs=1"] if name == "rnp" else []
+    more = ["--set", "recover_steps=8", "--set", "unlearn_steps=8"] if name == "rnp" else []
     args = _args("--defence", name, "--thresholds", "1,.2,.9,.9995", *more)
     row, = thresholds.measure(on_stage, 3, args)
     assert [point["threshold"] for point in row["points"]] == [0.2, 0.9, 0.9995, 1.0]

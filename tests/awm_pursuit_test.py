@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from awm_jax import models
@@ -120,3 +121,37 @@ def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch
         problem.descend(jax.random.key(0), 0, jnp.zeros((8, 8, 3)),
                         (state.masks, state.opt_state))
     np.testing.assert_allclose(used, expected, rtol=1e-6)
+
+
+def test_the_rate_falls_halfway_but_not_against_all_to_all(tiny, small_batch):
+    """Adam's first step is as long as its rate, wherever it is taken."""
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings = dataclasses.replace(_settings(), replay=0.0, monotone=False, spare=False)
+    assert settings.decay_epoch == 1 and settings.steady
+    start = jax.tree.map(lambda m: m - 0.5, awm_steps.init(tiny, settings).masks)
+
+    def length(suspect, epoch, settings=settings):
+        state = awm_steps.init(tiny, settings)
+        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
+                                     jnp.array(suspect), settings)
+        (masks, _), _ = problem.descend(jax.random.key(0), jnp.array(epoch), jnp.zeros((8, 8, 3)),
+                                        (start, state.opt_state))
+        return max(float(jnp.abs(leaf - 0.5).max()) for leaf in jax.tree.leaves(masks))
+
+    lengths = [length(suspect, epoch) for suspect in (1, -1, 4) for epoch in (0, 1)]
+    np.testing.assert_allclose(lengths, [0.01, 0.001, 0.01, 0.001, 0.01, 0.01], rtol=1e-3)
+    other = dataclasses.replace(settings, steady=False)
+    np.testing.assert_allclose(length(4, 1, other), 0.001, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["distilled", "paper", "official"])
+def test_the_rate_is_that_of_a_schedule(variant):
+    settings = awm.AWMConfig(variant=variant, outer_lr=0.03).resolve(43, (8, 8, 3))
+    rate = optax.piecewise_constant_schedule(
+        settings.outer_lr, {settings.decay_epoch * settings.outer_steps: 0.1})
+    for epoch in range(settings.epochs):
+        expected = float(rate(epoch * settings.outer_steps))
+        assert float(awm_steps._rate(jnp.array(epoch), jnp.array(False), settings)) == expected
+    assert (settings.decay_epoch, expected) == {
+        "distilled": (8, pytest.approx(0.003)), "paper": (50, pytest.approx(0.003)),
+        "official": (20, pytest.approx(0.03))}[variant]

@@ -21,6 +21,7 @@ class Settings:
       inner_lr: step length of the trigger.
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
+      steady: it is not, where the survey suspects an all-to-all backdoor.
       layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
       spare: masks of convolutions at the first resolution stay 1, unless the survey suspects an
         all-to-all backdoor.
@@ -60,6 +61,7 @@ class Settings:
     inner_lr: float
     outer_lr: float
     decay_epoch: int
+    steady: bool
     layers: str | tuple[str, ...]
     spare: bool
     spared: bool
@@ -86,9 +88,9 @@ class Settings:
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
-           "layers": "conv", "spare": False, "monotone": False, "survey_steps": 0, "suspects": 0,
-           "pursuit": 0.0, "pursuit_start": 0, "all_to_all_alpha": 0.0, "bound": "l1",
-           "l2_weight": 0.0, "recalibration": 0}
+           "steady": False, "layers": "conv", "spare": False, "monotone": False,
+           "survey_steps": 0, "suspects": 0, "pursuit": 0.0, "pursuit_start": 0,
+           "all_to_all_alpha": 0.0, "bound": "l1", "l2_weight": 0.0, "recalibration": 0}
 
 _PAPER = {
     **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -101,7 +103,7 @@ VARIANTS: dict[str, dict] = {
         **_SHARED, "epochs": 16, "inner_steps": 10, "outer_steps": 10, "alpha": 0.8,
         "taus": (50.0,), "inner_lr": 1.0, "objective": "distil",
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
-        "clamp_outer": True, "augment": True, "replay": 0.75, "spare": True,
+        "clamp_outer": True, "augment": True, "replay": 0.75, "steady": True, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
         "pursuit_start": 3, "all_to_all_alpha": 0.5,
     },
@@ -135,7 +137,7 @@ class AWMConfig:
       carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
       masked against an all-to-all backdoor only: their filters serve every class, and masking them
       against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
-      16 epochs; half of them in, Adam's rate falls to a tenth.
+      16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a

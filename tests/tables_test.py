@@ -285,7 +285,7 @@ def test_estimates_are_what_cells_like_them_took(tmp_path, asked):
     other = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "ibau")
     guess = tables._SECONDS["ibau"]
     assert estimates.of(other) == guess != 100.0
-    assert estimates.total([other, other]) == 2 * guess + 15 * tables._TRAINING["cifar10"]  # one net
+    assert estimates.total([other, other]) == 2 * guess + 15 * tables._TRAINING["cifar10"]
 
 
 def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, monkeypatch):

@@ -207,6 +207,12 @@ def set_option(group) -> None:
 
     Args:
       group: the options of the defence.
+
+    Example:
+      >>> p = argparse.ArgumentParser()
+      >>> set_option(p)
+      >>> p.parse_args(['--set', 'lr=.1']).set
+      [('lr', '.1')]
     """
     group.add_argument("--set", type=_setting, action="append", metavar="NAME=VALUE",
                        help="a setting of the chosen defences that have it, such as "

@@ -71,6 +71,8 @@ def check_set(names: Iterable[str], asked: Iterable[tuple[str, Any]]) -> None:
 
     Raises:
       ValueError: one that none of them has.
+
+    Example: ``check_set(('anp', 'ft'), [('threshold', '.3')])``.
     """
     known = {field for name in names for field in vars(DEFENCES[name].default)}
     for field, _ in asked:

@@ -51,7 +51,7 @@ class Measured(NamedTuple):
     Args:
       title: what it shows.
       command: a module of `experiments`: ``'proportions'`` or ``'thresholds'``.
-      arch: the paper's network; of this project's own figures the usual one.
+      arch: the network, of several in the paper one.
       options: of that command, beyond the network, the data directory and ``--out``.
       note: what a reader must know.
       printed: whether there is such a figure in a paper.
@@ -152,6 +152,6 @@ MEASURED = {
         "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets_checkerboard,sig", "--samples", "500",
          "--eps", ".1,.2,.3,.4", "--benign"),
-        "Its second benign network, trained on a set with more images of one class, has no command "
-        "here. It prints neither the bounds nor the number of images."),
+        "The paper's network is ResNet-18. Its second benign one, trained on a set with more images "
+        "of one class, has no command here. It prints neither the bounds nor the number of images."),
 }

@@ -34,7 +34,10 @@ def read(path: pathlib.Path) -> Kept:
         return Kept({}, {})
     try:
         found = json.loads(path.read_text())
-        return Kept(dict(found["cells"]), dict(found.get("measured", {})))
+        # Earlier releases had what `experiments.proportions` measured alone, under "shares".
+        shares = {name: {"command": "proportions", **run}
+                  for name, run in found.get("shares", {}).items()}
+        return Kept(dict(found["cells"]), {**shares, **found.get("measured", {})})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"Expected {path} to be written by experiments.report, it is damaged "
                          f"({error}). Move it away.") from error

@@ -185,13 +185,12 @@ def _measured_page(name: str, one: Measured, measured: dict[str, Any], out: path
     page = Page(one.title, [f"{_UNPRINTED if one.printed else ''} {one.note}".strip()])
     mine = _of(name, measured)
     for key, run in mine.items():
-        other = "" if run["arch"] == one.arch else f"; the paper's network is {one.arch}"
         blocks: list[str | Rows | Heading | Picture]
         if one.command == "proportions":
             blocks = [proportions.table(run["rows"]), *_draw_shares(key, run["rows"], out)]
         else:
             blocks = [thresholds.table(run["rows"]), *_draw_thresholds(key, run, out)]
-        page.blocks.extend([Heading(f"{run['dataset']}, {run['arch']}{other}"), *blocks])
+        page.blocks.extend([Heading(f"{run['dataset']}, {run['arch']}"), *blocks])
     if not mine:
         page.blocks.append(f"Missing. Make it with `python -m experiments.{one.command} --arch "
                            f"{one.arch} {' '.join(one.options)} --data_dir DIR --out "

@@ -32,9 +32,9 @@ RUNS = pathlib.Path("runs/tables")
 _SECONDS, _USUAL = {"clp": 1.0, "fst": 2.0, "ibau_official": 3.0, "nft": 5.0, "ibau": 5.0,
                     "nad": 6.0, "weight_norm": 8.0, "fp": 12.0, "ngd": 13.0, "mcr": 15.0,
                     "awm_official": 15.0, "ft_sam": 16.0, "ft": 16.0, "rnp": 26.0, "awm": 40.0,
-                    "nc": 250.0, "sau": 100.0}, 85.0
+                    "nc": 250.0, "sau": 185.0}, 85.0
 # Guesses too: so many steps, or the whole training set, however many clean images there are.
-_ANY_NUMBER = {"anp": 320.0, "swm": 320.0, "ac": 300.0, "abl": 4000.0}
+_ANY_NUMBER = {"anp": 320.0, "swm": 320.0, "ac": 400.0, "abl": 6000.0}
 # Seconds an epoch, until a network of the kind was trained here.
 _TRAINING = {"gtsrb": 50.0, "cifar10": 145.0, "mnist": 150.0, "tiny_imagenet": 2000.0}
 # Multiplications for an image, the small VGG's being 1: rounded counts, not times.

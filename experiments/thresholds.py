@@ -180,6 +180,8 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
       path: the PNG.
       rows: as thresholds.json holds them.
       title: shown on top.
+
+    Example: see `run`.
     """
     panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
     for name, mine in _curves(rows):

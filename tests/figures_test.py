@@ -163,7 +163,7 @@ def test_commands_rows_are_found_where_the_missing_ones_are_asked_for(tmp_path, 
     path.write_text(json.dumps(run))
     _report(tmp_path)
     text = (out / "anp_fig8.md").read_text()
-    assert "## cifar10, small_vgg; the paper's network is resnet18" in text
+    assert "## cifar10, small_vgg\n" in text and "The paper's network is ResNet-18." in text
     assert "| benign | 500 | 0.2 | 20.00±0.00 | 50.00±35.36 | 50.00±35.36 (0) |" in text
     names = {f"anp_fig8-vgg-{part}.png" for part in ("0", "1", "errors")}
     assert names == {p.name for p in out.glob("anp_fig8*.png")}
@@ -195,7 +195,7 @@ def test_thresholds_are_drawn_and_kept(tmp_path):
     path.write_text(json.dumps(run))
     out = _report(tmp_path)
     text = (out / "awm_fig1_prune.md").read_text()
-    assert "## cifar10, resnet18; the paper's network is small_vgg" in text
+    assert "## cifar10, resnet18\n" in text
     line = "3.00±0.00 | 88.00±0.00 | 30.00±14.14 | 35.00±14.14 | 2 |"
     assert f"| badnets, anp, 500 | 0.2 | {line}" in text and text.count(line) == 2
     assert "by triggered images | " + line in text
@@ -211,6 +211,8 @@ def test_earlier_figures_json_is_read(tmp_path):
     path = tmp_path / "figures.json"
     path.write_text('{"cells": {"a/b/c/1/d/0": {}}}')  # without other commands' rows
     assert kept.read(path) == kept.Kept({"a/b/c/1/d/0": {}}, {})
+    path.write_text('{"cells": {}, "shares": {"awm_fig1": {"rows": []}}}')
+    assert kept.read(path).measured == {"awm_fig1": {"command": "proportions", "rows": []}}
     assert kept.read(tmp_path / "none.json") == kept.Kept({}, {})
 
 

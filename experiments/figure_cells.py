@@ -152,6 +152,7 @@ MEASURED = {
         "resnet18",
         ("--dataset", "cifar10", "--attack", "badnets_checkerboard,sig", "--samples", "500",
          "--eps", ".1,.2,.3,.4", "--benign"),
-        "The paper's network is ResNet-18. Its second benign one, trained on a set with more images "
-        "of one class, has no command here. It prints neither the bounds nor the number of images."),
+        "The paper's network is ResNet-18. Its second benign one, trained on a set with more "
+        "images of one class, has no command here. It prints neither the bounds nor the number of "
+        "images."),
 }

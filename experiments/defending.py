@@ -18,7 +18,7 @@ from awm_jax import masks as masking
 from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
-from awm_jax.defences.awm_config import VARIANTS
+from awm_jax.defences.awm_config import constants
 from awm_jax.defences.awm_purify import network
 from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.base import by_path
@@ -101,8 +101,11 @@ def _value(name: str, field: str, text: str) -> Any:
 def fingerprint(name: str, args, dataset: Dataset) -> str:
     """A name for a defence's settings: a release that changes them starts its cells afresh."""
     chosen = config(name, args, dataset)
-    constants = sorted(VARIANTS[chosen.variant].items()) if isinstance(chosen, AWMConfig) else ""
-    return hashlib.sha256(f"{chosen!r}{constants}".encode()).hexdigest()[:8]
+    fixed = ""
+    if isinstance(chosen, AWMConfig):
+        count = dataset.num_classes if args.samples == "one-shot" else args.samples
+        fixed = str(sorted(constants(chosen.variant, count).items()))
+    return hashlib.sha256(f"{chosen!r}{fixed}".encode()).hexdigest()[:8]
 
 
 def label(name: str, args) -> str:

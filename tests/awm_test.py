@@ -218,6 +218,19 @@ def test_paper_and_official_constants():
     assert awm.AWMConfig(variant="paper").resolve(10, (64, 64, 3)).taus == (4000.0,)
 
 
+def test_many_images_weigh_more():
+    """From 500 on, of the project's variant and only where nothing else was asked for."""
+    def at(count, **options):
+        settings = awm.AWMConfig(**options).resolve(count, (32, 32, 3))
+        return settings.alpha, settings.all_to_all_alpha, settings.batch_size
+
+    assert at(43) == (0.8, 0.5, 16) and at(499) == (0.8, 0.5, 32)
+    assert at(500) == at(5000) == (0.95, 0.5, 32)
+    assert at(500, alpha=0.8, batch_size=128) == (0.8, 0.8, 128)
+    assert at(500, variant="paper")[::2] == (0.9, 128)
+    assert at(500, variant="official")[::2] == (0.99, 32)
+
+
 def test_status_reads_the_end(tiny):
     state = awm_steps.init(tiny, _config("paper").resolve(6, (8, 8, 3)))
     good, bad = {"mask_mean": np.full(20, 0.9)}, {"mask_mean": np.linspace(1.0, 0.8, 20)}

@@ -164,8 +164,11 @@ def test_a_run_of_which_nothing_was_kept_says_so(tiny, small_batch):
     assert all(len(values) == 1 for values in second.history.values())
 
 
-@pytest.mark.parametrize("stopped, alphas", [(1, [None, 0.9]), (2, [None, 0.9, 0.95]), (3, None)])
-def test_milder_runs_follow_one_of_which_nothing_was_kept(tiny, monkeypatch, stopped, alphas):
+@pytest.mark.parametrize("count, stopped, alphas", [
+    (4, 1, [None, 0.9]), (4, 2, [None, 0.9, 0.95]), (4, 3, None), (500, 1, [None, 0.98]),
+    (500, 2, None)])
+def test_milder_runs_follow_one_of_which_nothing_was_kept(tiny, monkeypatch, count, stopped,
+                                                          alphas):
     asked = []
 
     def run(suspect, batch, survey, config, key, notes):
@@ -174,7 +177,8 @@ def test_milder_runs_follow_one_of_which_nothing_was_kept(tiny, monkeypatch, sto
         return types.SimpleNamespace(params=f"alpha {config.alpha}", status=status, survey=survey,
                                      masks=masks.init(tiny.weights))
 
-    suspect = types.SimpleNamespace(params=tiny, batch=Batch(np.zeros((4, 8, 8, 3)), np.arange(4)))
+    labels = np.minimum(np.arange(count), 3)  # too few of the first three to hold any out
+    suspect = types.SimpleNamespace(params=tiny, batch=Batch(np.zeros((count, 8, 8, 3)), labels))
     monkeypatch.setattr(jobs, "_run_awm", run)
     args = types.SimpleNamespace(seed=0, epochs=None, flip=False)
     findings = types.SimpleNamespace(survey="the scan's")

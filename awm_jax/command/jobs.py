@@ -25,7 +25,7 @@ from awm_jax.report import figures, page
 from awm_jax.types import Arch, Batch, Params
 
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
-_ALPHAS = (None, 0.9, 0.95)  # the default, then milder ones
+_MILDER = (0.9, 0.95, 0.98)  # alphas to try after the default, two of those above it
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
 
@@ -200,7 +200,9 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
     notes: list[str] = []
     found = None
     before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
-    for alpha in _ALPHAS:
+    usual = AWMConfig().resolve(len(mine), suspect.params.arch.image_shape).alpha
+    alphas = (None, *[alpha for alpha in _MILDER if alpha > usual][:2])
+    for alpha in alphas:
         config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
         ran = _run_awm(suspect, batch, survey, config, key, notes)
         survey = ran.survey if survey is None else survey
@@ -218,7 +220,7 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
         if found is None:
             raise ValueError(
                 f"Expected to erase something and keep the given images' classes, alphas up to "
-                f"{_ALPHAS[-1]} lost them in the first epochs ({'; '.join(notes)}). Nothing was "
+                f"{alphas[-1]} lost them in the first epochs ({'; '.join(notes)}). Nothing was "
                 "written. Give more images of each class, or another --defence.")
         notes.append(f"no alpha kept held-out accuracy within {100 * _FALL:.0f} points: the "
                      "mildest one's network is given")

@@ -101,7 +101,7 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batc
     assert 0 < float(jnp.abs(delta).sum()) <= 0.5 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("alpha, expected", [(None, (0.8, 0.5)), (0.7, (0.7, 0.7))])
+@pytest.mark.parametrize("alpha, expected", [(None, (0.9, 0.5)), (0.7, (0.7, 0.7))])
 def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch, alpha,
                                                   expected):
     """Unless alpha was given: then it is what counts."""

@@ -224,7 +224,7 @@ def test_many_images_weigh_more():
         settings = awm.AWMConfig(**options).resolve(count, (32, 32, 3))
         return settings.alpha, settings.all_to_all_alpha, settings.batch_size
 
-    assert at(43) == (0.8, 0.5, 16) and at(499) == (0.8, 0.5, 32)
+    assert at(43) == (0.9, 0.5, 16) and at(499) == (0.9, 0.5, 32)
     assert at(500) == at(5000) == (0.95, 0.5, 32)
     assert at(500, alpha=0.8, batch_size=128) == (0.8, 0.8, 128)
     assert at(500, variant="paper")[::2] == (0.9, 128)

@@ -25,7 +25,7 @@ from awm_jax.report import figures, page
 from awm_jax.types import Arch, Batch, Params
 
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
-_MILDER = (0.9, 0.95, 0.98)  # alphas to try after the default, two of those above it
+_MILDER = (0.95, 0.98)  # alphas to try after the default, where they are above it
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
 
@@ -201,7 +201,7 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
     found = None
     before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
     usual = AWMConfig().resolve(len(mine), suspect.params.arch.image_shape).alpha
-    alphas = (None, *[alpha for alpha in _MILDER if alpha > usual][:2])
+    alphas = (None, *[alpha for alpha in _MILDER if alpha > usual])
     for alpha in alphas:
         config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
         ran = _run_awm(suspect, batch, survey, config, key, notes)

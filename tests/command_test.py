@@ -120,7 +120,7 @@ def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch):
     monkeypatch.setattr(jobs.awm_purify, "purify", purify)
     args = types.SimpleNamespace(seed=0, epochs=None, flip=False)
     done = jobs._awm(suspect, types.SimpleNamespace(survey="of all images"), args)
-    assert asked == [(None, None), (0.9, "its own"), (0.95, "its own")]
+    assert asked == [(None, None), (0.95, "its own"), (0.98, "its own")]
     assert "no alpha kept" in done.notes[-1] and len(held_out) == 20
 
 

@@ -287,9 +287,14 @@ def constants(variant: str, num_images: int) -> dict[str, Any]:
     Returns:
       Fields of `Settings` by name, those left out that `AWMConfig.resolve` works out.
 
+    Raises:
+      KeyError: no such variant; `AWMConfig` refuses it before, by name.
+
     Example:
       >>> constants("distilled", 43)["alpha"], constants("distilled", 500)["alpha"]
       (0.9, 0.95)
+
+    Reference: AWM paper, appendix A; of ``'distilled'`` docs/results.md.
     """
     return VARIANTS[variant] | (_WITH_MANY.get(variant, {}) if num_images >= MANY else {})
 

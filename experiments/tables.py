@@ -31,8 +31,9 @@ RUNS = pathlib.Path("runs/tables")
 # work until a cell of the same kind was timed here.
 _SECONDS, _USUAL = {"clp": 1.0, "fst": 2.0, "ibau_official": 3.0, "nft": 5.0, "ibau": 5.0,
                     "nad": 6.0, "weight_norm": 8.0, "fp": 12.0, "ngd": 13.0, "mcr": 15.0,
-                    "awm_official": 15.0, "ft_sam": 16.0, "ft": 16.0, "rnp": 26.0, "awm": 40.0,
+                    "awm_official": 15.0, "ft_sam": 16.0, "ft": 16.0, "rnp": 26.0, "awm": 60.0,
                     "nc": 250.0, "sau": 185.0}, 85.0
+_ONE_SHOT = 43  # images that these were timed with
 # Guesses too: so many steps, or the whole training set, however many clean images there are.
 _ANY_NUMBER = {"anp": 320.0, "swm": 320.0, "ac": 400.0, "abl": 6000.0}
 # Seconds an epoch, until a network of the kind was trained here.
@@ -125,10 +126,11 @@ class Estimates:
         heavier = _HEAVIER.get(cell.arch, 1.0) * (4.0 if cell.dataset == "tiny_imagenet" else 1.0)
         if cell.column.defence in _ANY_NUMBER:
             return heavier * _ANY_NUMBER[cell.column.defence]
-        images = cell.samples if isinstance(cell.samples, int) else 43
-        if isinstance(DEFENCES[cell.column.defence].default, AWMConfig):
-            images = min(images, 400)  # as many steps; batches, 16 one-shot, grow to 128
-        return heavier * _SECONDS.get(cell.column.defence, _USUAL) * max(1.0, images / 50)
+        images = cell.samples if isinstance(cell.samples, int) else _ONE_SHOT
+        default = DEFENCES[cell.column.defence].default
+        more = (_awm_steps(default, images) / _awm_steps(default, _ONE_SHOT)
+                if isinstance(default, AWMConfig) else max(1.0, images / 50))
+        return heavier * _SECONDS.get(cell.column.defence, _USUAL) * more
 
     def total(self, cells: list[Cell]) -> float:
         """Seconds that several will take, with the training of networks that no cell had yet."""
@@ -167,6 +169,12 @@ class Estimates:
                  or _HEAVIER.get(cell.arch, 1.0) * _TRAINING[cell.dataset])
         return {spec.digest: epoch * spec.epochs for spec in specs
                 if not checkpoint.exists(cache / spec.digest / "network")}
+
+
+def _awm_steps(config: AWMConfig, images: int) -> int:
+    """Images that AWM's steps go through: their number hardly depends on how many there are."""
+    settings = config.resolve(images, (32, 32, 3))
+    return settings.epochs * settings.batch_size * (settings.inner_steps + settings.outer_steps)
 
 
 def _kind(cell: Cell) -> tuple:

@@ -288,6 +288,17 @@ def test_estimates_are_what_cells_like_them_took(tmp_path, asked):
     assert estimates.total([other, other]) == 2 * guess + 15 * tables._TRAINING["cifar10"]
 
 
+def test_a_guess_for_awm_follows_its_batches(tmp_path):
+    """16, 32 and 128 images a step in the paper's Table 7; at most 32 in this project's variant."""
+    estimates = tables.Estimates({}, _options(tmp_path))
+    guesses = {(c.column.defence, c.samples): estimates.of(c)
+               for c in table_cells.cells(("awm8",), 1)}
+    paper, ours = tables._USUAL, tables._SECONDS["awm"]
+    assert [guesses["awm_paper", n] for n in ("one-shot", 100, 500)] == [
+        paper, 2 * paper, 8 * paper]
+    assert [guesses["awm", n] for n in ("one-shot", 100, 500)] == [ours, 2 * ours, 2 * ours]
+
+
 def test_a_network_that_is_kept_is_not_trained_again(tmp_path, tiny_dataset, monkeypatch):
     """What `scene.make` asks the cache for is what an estimate looks for there."""
     cell = next(table_cells.cells(("awm2",), 1))._replace(

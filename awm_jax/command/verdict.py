@@ -56,9 +56,11 @@ def of(findings: Findings, count: int) -> Verdict:
     few_classes = len(found.damage) <= _FEW_CLASSES and level == "suspicious"
     if few_classes:
         level = "unclear"
-        headline = (f"a small trigger drives the network towards class {first} {findings.lead:.1f} "
-                    "times as far as towards the other, but two classes are too few to tell a "
-                    "backdoor from a class that is easier to reach")
+        what = ("gives most images the other class" if findings.all_to_all else
+                f"drives the network towards class {first} {findings.lead:.1f} times as far as "
+                "towards the other")
+        headline = (f"a small trigger {what}, but two classes are too few to tell a backdoor from "
+                    "what any network's triggers do")
     elif findings.all_to_all:
         headline = ("a small trigger moves almost every image into another class and keeps the "
                     "classes apart, as an all-to-all backdoor does")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import types
 import warnings
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 import awm_jax
 from awm_jax import checkpoint, defences, formats, masks, metrics, models, torch_compat
-from awm_jax.command import jobs, main, normalisation, verdict
+from awm_jax.command import jobs, main, normalisation, suspect, verdict
 from awm_jax.data import given
 from awm_jax.defences import AWMConfig, Status
 from awm_jax.types import Arch, Batch, Params
@@ -231,6 +232,45 @@ def test_two_classes_are_too_few_to_call_suspicious():
     assert verdict.of(_findings([9.0, 1.0, 1.0], 0.5, 1.0), 10).level == "suspicious"
     spread = verdict.of(_findings([1.0, 1.0], 0.01, 0.9), 10)
     assert spread.level == "unclear" and "most images the other class" in spread.headline
+
+
+@pytest.mark.parametrize("own, right, chosen", [
+    (40, {40: 6}, 40),  # the images' own, and no other is tried
+    (40, {40: 5, 32: 5, 64: 8}, 64),
+    (40, {40: 5, 32: 4, 64: 3}, 40),
+    (32, {32: 1, 64: 9}, 64),
+    (250, {32: 6, 64: 7}, 64),  # photos
+    (250, {32: 5, 64: 5, 250: 9}, 250),
+    (None, {32: 9, 64: 9}, 32),  # of several sizes
+])
+def test_an_image_size_that_nothing_tells(own, right, chosen, monkeypatch):
+    """By how many of ten images get their class in each size."""
+    ten, tried = np.arange(10), []
+
+    def fitted(params, source, listing, normalise):
+        tried.append(params.arch.image_shape[0])
+        return suspect.Suspect(params, source, Batch(ten, ten), "", ("a", "image size b", "c"))
+
+    def answers(self, params=None):
+        return np.where(ten < right[self.params.arch.image_shape[0]], ten, (ten + 1) % 10)
+
+    monkeypatch.setattr(suspect, "_own_size", lambda _: own and (own, own))
+    monkeypatch.setattr(suspect, "_fitted", fitted)
+    monkeypatch.setattr(suspect.Suspect, "answers", answers)
+    network = Params({}, {}, Arch(name="resnet18", num_classes=10))
+    source = formats.Source(pathlib.Path("a.pth"), "pytorch", ())
+    groups = suspect._open_sizes(network, source, None, None)
+    found = suspect._sized(network, source, None, groups, None)
+    assert found.params.arch.image_shape == (chosen, chosen, 3) and tried == [*right]
+    told = ("the given images' own" if len(right) == 1 else "told by how many images get their "
+            f"class ({', '.join(f'{side}x{side} {n}' for side, n in right.items())})")
+    assert found.notes == ("a", f"image size {chosen}x{chosen}, {told}", "c")
+
+    # What tells it: the user, a checkpoint of ours, the classifier's inputs.
+    assert suspect._open_sizes(network, source, None, (48, 48)) == ()
+    assert suspect._open_sizes(network, dataclasses.replace(source, kind="orbax"), None, None) == ()
+    fixed = Params({}, {}, Arch(name="small_vgg", num_classes=10))
+    assert suspect._open_sizes(fixed, source, None, None) == ()
 
 
 def test_the_likelihood_of_a_normalisation_by_hand():

@@ -21,7 +21,7 @@ def _shared(p: argparse.ArgumentParser) -> None:
                    "'file' and 'label'")
     p.add_argument("--arch", help="architecture (default: told by the tensors' names)")
     p.add_argument("--image_size", type=image_size, metavar="N|HxW",
-                   help="what the network takes (default: told by its tensors, or the images' own)")
+                   help="what the network takes (default: by its tensors, or how it then does)")
     p.add_argument("--normalise", metavar="NAME|MEAN/STD",
                    help="what images in [0, 1] are normalised by: none, imagenet, cifar10, ... or "
                    "MEAN/STD, such as .5,.5,.5/.2,.2,.2; 'help' lists them (default: told by "

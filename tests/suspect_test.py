@@ -241,6 +241,7 @@ def test_two_classes_are_too_few_to_call_suspicious():
     (32, {32: 1, 64: 9}, 64),
     (250, {32: 6, 64: 7}, 64),  # photos
     (250, {32: 5, 64: 5, 250: 9}, 250),
+    (500, {32: 5, 64: 4}, 32),  # too large to be tried
     (None, {32: 9, 64: 9}, 32),  # of several sizes
 ])
 def test_an_image_size_that_nothing_tells(own, right, chosen, monkeypatch):

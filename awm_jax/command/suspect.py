@@ -15,6 +15,7 @@ from awm_jax.types import Batch, Params
 _SANE = 0.5  # of the given images: no more than that, and network or labels are not as was meant
 _USUAL_SIZES = ((32, 32), (64, 64))  # that networks of any size are mostly trained on
 _PHOTO = 128  # pixels a side: larger images are likelier photos than what a network was trained on
+_TOO_LARGE = 256  # and beyond this a try would take minutes, and gigabytes: it must be asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _open_sizes(params: Params, source: formats.Source, listing: given.Listing,
         return ()
     own = _own_size(listing)
     usual = tuple(size for size in _USUAL_SIZES if size != own)
-    if own is None:
+    if own is None or max(own) > _TOO_LARGE:
         return (usual,)
     return ((own,), usual) if max(own) <= _PHOTO else (usual, (own,))
 

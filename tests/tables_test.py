@@ -136,7 +136,7 @@ def test_every_cell_is_a_command_that_its_parser_and_its_defence_take(tmp_path):
 def test_networks_can_be_poisoned_as_declared():
     labels, seen = np.repeat(np.arange(10), 5000), set()
     for cell in table_cells.cells(tuple(PLANS), 1):
-        if cell.network and (cell.attack, cell.network) not in seen:
+        if "--poison_rate" in cell.network and (cell.attack, cell.network) not in seen:
             seen.add((cell.attack, cell.network))
             given = cli.parser().parse_args(["--attack", cell.attack, *cell.network])
             attack = attacks.make(cell.attack, jax.random.key(0), (32, 32, 3), 10,
@@ -147,6 +147,16 @@ def test_networks_can_be_poisoned_as_declared():
             if attack.every_batch:
                 attacks.in_batches(attack, given.poison_rate, 128)
     assert {rate for _, (_, rate, *_) in seen} == {"0.01", "0.05", "0.1", "0.5", "1"}
+
+
+def test_clean_labels_of_the_own_table_poison_a_class_of_many_images():
+    labels = np.repeat(np.arange(43), [210, 2220, 2250] + [800] * 40)  # GTSRB's first three
+    for name in ("sig", "clb"):
+        cell, = (cell for cell in table_cells.cells(("defences",), 1)
+                 if (cell.attack, cell.column.defence) == (name, "ac"))
+        given = cli.parser().parse_args(["--attack", name, *cell.network])
+        attack = attacks.make(name, jax.random.key(0), (32, 32, 3), 43, target=given.target)
+        assert attacks.poison_counts(attack, labels, attacks.poison_rate(name))[0] == 1800, name
 
 
 def test_settings_of_figures_are_what_their_columns_are_run_with(tmp_path):

@@ -1,4 +1,4 @@
-"""Is there a backdoor? What small triggers do to a network, read from a few clean images."""
+"""Is there a backdoor? What small changes of images do to a network, read from a few of them."""
 
 import math
 from typing import NamedTuple
@@ -53,14 +53,16 @@ class Findings(NamedTuple):
 
     @property
     def score(self) -> float:
-        """One number to rank networks by, >= 0: from 1 on, one class or a dispersal stands out.
+        """One number to rank networks by, >= 0: from 1 on, something stands out.
 
-        ``log lead / log 1.35``, or ``.15 / stay`` where a dispersal keeps classes apart
-        (``kept > .5``), whichever is larger.
+        The largest of ``log lead / log 1.35`` (one class), ``.15 / stay`` where a dispersal keeps
+        classes apart (``kept > .5``), and ``min(bent / .5, strain / 4)``, for a warp that changes
+        the share bent of the answers, by strain nats.
         """
         apart = float(self.survey.kept) > KEEPS_ABOVE
         spread = STAYS_BELOW / max(float(self.survey.stay), 1e-6) if apart else 0.0
-        return max(math.log(self.lead) / math.log(LEADS_BY), spread)
+        return max(math.log(self.lead) / math.log(LEADS_BY), spread,
+                   float(self.survey.bending))
 
 
 def signed_anomaly(damage: jax.Array) -> jax.Array:
@@ -103,7 +105,7 @@ def universal(key: jax.Array, params: Params, images: jax.Array, settings: Setti
     def step(delta, key):
         x, _ = awm_batches.minibatch(key, images, jnp.zeros(len(images)), settings)
         own = models.apply(params, x).argmax(axis=1)
-        gradient = awm_steps.trigger_gradient(params, None, delta, x, own, clamp=True)
+        gradient, _ = awm_steps.trigger_gradient(params, None, delta, x, own, clamp=True)
         ahead = projections.l1_ball(delta + projections.unit(gradient), 2 * settings.taus[0])
         return jnp.clip(ahead, -1.0, 1.0), None
 

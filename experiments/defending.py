@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import checkpoint, metrics
+from awm_jax import checkpoint, metrics, warps
 from awm_jax import masks as masking
 from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
@@ -249,8 +250,9 @@ def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
 def _surveyed(survey: Survey | None) -> dict:
     """What the survey says, without its triggers."""
     if survey is None:
-        return dict.fromkeys(("damage", "stay", "kept", "suspect"))
+        return dict.fromkeys(("damage", "stay", "kept", "bent", "strain", "suspect"))
     return {"damage": survey.damage, "stay": survey.stay, "kept": survey.kept,
+            "bent": survey.bent.sum(), "strain": survey.strain,
             "suspect": int(survey.suspect)}
 
 
@@ -271,9 +273,13 @@ def _pictures(scene: Scene, found: Purified, curve: dict, name: str,
         "trigger_loss": found.history["trigger_loss"]}, f"{scene.name}, {name}")
     layers = {k: np.asarray(v) for k, v in masking.by_layer(found.masks).items()}
     figures.mask_histogram(folder / f"{stem}-masks.png", layers)
-    true = scene.attack.trigger  # a warp has no pattern to show
-    pictures.recovered_trigger(folder / f"{stem}-trigger.png", found.trigger,
-                               np.asarray(true.pattern) if isinstance(true, Trigger) else None)
+    true, recovered = scene.attack.trigger, found.trigger
+    pattern = np.asarray(true.pattern) if isinstance(true, Trigger) else None
+    if found.warp is not None:  # it has no pattern: what it changes in an image is shown
+        image = scene.dataset.test_images[scene.split.eval_indices[:1]].astype(np.float32) / 255.0
+        recovered = np.asarray(warps.bend(jnp.asarray(image), jnp.asarray(found.warp)) - image)[0]
+        pattern = np.asarray(scene.attack.apply(image) - image)[0] if pattern is None else pattern
+    pictures.recovered_trigger(folder / f"{stem}-trigger.png", recovered, pattern)
 
 
 def show_attack(scene: Scene, folder: pathlib.Path) -> None:

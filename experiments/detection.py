@@ -74,6 +74,7 @@ def _rows(name: str, args: argparse.Namespace, dataset: Dataset) -> list[dict[st
     return [{"attack": name, "seed": seed, "asr": asr, "score": found.score, "lead": found.lead,
             "anomaly": float(found.anomaly.max()), "all_to_all": found.all_to_all,
             "first": top, "stay": float(found.survey.stay), "kept": float(found.survey.kept),
+            "bent": float(found.survey.bent.sum()), "strain": float(found.survey.strain),
             "flips": float(found.flips), "concentration": float(found.concentration),
             "arrivals": float(found.arrivals)}]
 

@@ -76,14 +76,15 @@ def told(survey: Survey, trigger: jax.Array, target: int) -> Survey:
       target: its class, in 0..c-1.
 
     Returns:
-      `Survey`, no all-to-all backdoor suspected.
+      `Survey`, no all-to-all backdoor suspected, nor one of a warp.
 
     Example: `told(purified.survey, added(attack.trigger), attack.target)`.
     """
     damage = jnp.asarray(survey.damage)
     return survey._replace(
         triggers=jnp.asarray(survey.triggers).at[target].set(trigger),
-        damage=damage.at[target].set((LEADS_BELOW + 1) * damage.max() + 1))
+        damage=damage.at[target].set((LEADS_BELOW + 1) * damage.max() + 1),
+        strain=jnp.zeros_like(jnp.asarray(survey.strain)))
 
 
 def _fits(attack: Attack) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from awm_jax import models
+from awm_jax import losses, models, warps
 from awm_jax.defences import awm_purify as awm
 from awm_jax.defences import awm_steps
 from awm_jax.defences.survey import Survey, dispersal, log_odds
@@ -20,11 +20,12 @@ def _settings(**overrides):
                          **overrides).resolve(6, (8, 8, 3))
 
 
-def _survey(damage, stay=0.5):
-    """Its triggers are noise."""
+def _survey(damage, stay=0.5, bent=(0.0, 0.0, 0.0, 0.0)):
+    """Its triggers are noise, its warp goes down and right everywhere."""
     rng = np.random.default_rng(0)
     triggers = jnp.asarray(rng.normal(size=(len(damage) + 1, 8, 8, 3)), jnp.float32)
-    return Survey(triggers[:-1], jnp.asarray(damage), triggers[-1], jnp.array(stay), jnp.array(1.0))
+    return Survey(triggers[:-1], jnp.asarray(damage), triggers[-1], jnp.array(stay), jnp.array(1.0),
+                  jnp.full((6, 6, 2), 0.25), jnp.asarray(bent), jnp.array(9.0))
 
 
 def test_every_second_trigger_pursues_the_suspect(tiny, small_batch):
@@ -35,12 +36,12 @@ def test_every_second_trigger_pursues_the_suspect(tiny, small_batch):
     outer = (state.masks, state.opt_state)
 
     def trigger(suspect, epoch):
-        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
-                                     jnp.array(suspect), settings)
-        delta = problem.start(None, epoch, outer)
+        problem = awm_steps._problem(tiny, images, labels, None,
+                                     state._replace(suspect=jnp.array(suspect)), settings)
+        inner = problem.start(None, epoch, outer)
         for key in jax.random.split(jax.random.key(1), 4):
-            delta = problem.ascend(key, epoch, delta, outer)
-        return delta
+            inner = problem.ascend(key, epoch, inner, outer)
+        return inner[0]
 
     def odds(delta, target):
         logits = models.apply(tiny, jnp.clip(images + delta[None], 0, 1))
@@ -63,9 +64,10 @@ def test_second_epoch_starts_from_the_worst_surveyed_trigger(tiny, small_batch):
 
     def start(found, epoch):
         state = awm_steps.init(tiny, settings, found)
-        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
-                                     state.suspect, settings)
-        return np.asarray(problem.start(jax.random.key(0), jnp.array(epoch), None))
+        problem = awm_steps._problem(tiny, images, labels, None, state, settings)
+        delta, warp = problem.start(jax.random.key(0), jnp.array(epoch), None)
+        assert warp is None if found is None else not warp.any()
+        return np.asarray(delta)
 
     np.testing.assert_array_equal(start(found, 1), found.triggers[2])
     for arguments in ((found, 0), (found, 2), (found, 3), (None, 1)):
@@ -84,19 +86,21 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batc
     np.testing.assert_array_equal(surveyed, expected)
     triggers = state.triggers.at[0].set(0.25).at[1].set(0.5)
     problem = awm_steps._problem(tiny, images, jnp.asarray(small_batch.labels), None,
-                                 triggers, state.suspect, settings)
+                                 state._replace(triggers=triggers), settings)
     outer = (state.masks, state.opt_state)
     for epoch, start in ((0, found.dispersal), (1, triggers[0])):
-        np.testing.assert_array_equal(problem.start(None, epoch, outer), start)
+        np.testing.assert_array_equal(problem.start(None, epoch, outer)[0], start)
     own = models.apply(tiny, images).argmax(axis=1)
 
     def value(delta):
         triggered = jnp.clip(images + delta[None], 0, 1)
         return float(dispersal(models.apply(tiny, triggered), own))
 
-    delta = jnp.zeros((8, 8, 3))
+    inner = jnp.zeros((8, 8, 3)), jnp.zeros((6, 6, 2))
     for key in jax.random.split(jax.random.key(1), 8):
-        delta = problem.ascend(key, 3, delta, outer)
+        inner = problem.ascend(key, 3, inner, outer)
+    delta = inner[0]
+    assert not inner[1].any()
     assert value(delta) > value(jnp.zeros_like(delta))
     assert 0 < float(jnp.abs(delta).sum()) <= 0.5 * (1 + 1e-5)
 
@@ -116,32 +120,89 @@ def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch
     monkeypatch.setattr(awm_steps, "mask_loss", mask_loss)
     for suspect in (1, 4):
         state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0]))
-        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
-                                     jnp.array(suspect), settings)
-        problem.descend(jax.random.key(0), 0, jnp.zeros((8, 8, 3)),
+        problem = awm_steps._problem(tiny, images, labels, None,
+                                     state._replace(suspect=jnp.array(suspect)), settings)
+        problem.descend(jax.random.key(0), 0, (jnp.zeros((8, 8, 3)), jnp.zeros((6, 6, 2))),
                         (state.masks, state.opt_state))
     np.testing.assert_allclose(used, expected, rtol=1e-6)
 
 
-def test_the_rate_falls_halfway_but_not_against_all_to_all(tiny, small_batch):
+def test_the_rate_falls_halfway_but_not_against_all_to_all_or_warps(tiny, small_batch):
     """Adam's first step is as long as its rate, wherever it is taken."""
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
     settings = dataclasses.replace(_settings(), replay=0.0, monotone=False, spare=False)
     assert settings.decay_epoch == 1 and settings.steady
     start = jax.tree.map(lambda m: m - 0.5, awm_steps.init(tiny, settings).masks)
 
-    def length(suspect, epoch, settings=settings):
+    def length(suspect, epoch, settings=settings, bends=False):
         state = awm_steps.init(tiny, settings)
-        problem = awm_steps._problem(tiny, images, labels, None, state.triggers,
-                                     jnp.array(suspect), settings)
-        (masks, _), _ = problem.descend(jax.random.key(0), jnp.array(epoch), jnp.zeros((8, 8, 3)),
-                                        (start, state.opt_state))
+        problem = awm_steps._problem(
+            tiny, images, labels, None,
+            state._replace(suspect=jnp.array(suspect), bends=jnp.array(bends)), settings)
+        (masks, _), _ = problem.descend(jax.random.key(0), jnp.array(epoch),
+                                        (jnp.zeros((8, 8, 3)), None), (start, state.opt_state))
         return max(float(jnp.abs(leaf - 0.5).max()) for leaf in jax.tree.leaves(masks))
 
     lengths = [length(suspect, epoch) for suspect in (1, -1, 4) for epoch in (0, 1)]
     np.testing.assert_allclose(lengths, [0.01, 0.001, 0.01, 0.001, 0.01, 0.01], rtol=1e-3)
+    np.testing.assert_allclose(length(1, 1, bends=True), 0.01, rtol=1e-3)
     other = dataclasses.replace(settings, steady=False)
     np.testing.assert_allclose(length(4, 1, other), 0.001, rtol=1e-3)
+
+
+def test_every_search_is_for_a_warp_where_the_suspect_answers_to_one(tiny, small_batch):
+    """It starts from the survey's once, raises the loss of the network's answers, and is kept."""
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings = _settings()
+    found = _survey([1.0, 2.0, 9.0, 3.0], bent=(0.1, 0.6, 0.0, 0.1))
+    state = awm_steps.init(tiny, settings, found)
+    assert int(state.suspect) == 1 and bool(state.bends)
+    # Before its triggers comes one that adds nothing and bends.
+    np.testing.assert_array_equal(state.triggers[settings.epochs:],
+                                  [0 * found.dispersal, *found.triggers[jnp.array([2, 3, 1])]])
+    assert not state.warps.at[settings.epochs].set(0).any()
+    np.testing.assert_array_equal(state.warps[settings.epochs], found.warp)
+
+    problem = awm_steps._problem(tiny, images, labels, None, state, settings)
+    outer = (state.masks, state.opt_state)
+    own = models.apply(tiny, images).argmax(axis=1)
+
+    def loss(warp):
+        return float(losses.cross_entropy(models.apply(tiny, warps.bend(images, warp)), own))
+
+    for epoch in range(4):
+        inner = problem.start(None, epoch, outer)
+        np.testing.assert_array_equal(inner[1], found.warp if epoch == 1 else 0 * found.warp)
+        for key in jax.random.split(jax.random.key(1), 8):
+            inner = problem.ascend(key, epoch, inner, outer)
+        delta, warp = problem.settle(epoch, inner)
+        assert not delta.any() and 0 < float(jnp.abs(warp).max()) <= warps.BOUND
+        assert loss(warp) > loss(0 * warp)
+
+    after, _ = awm_steps.step(jax.random.key(0), state, tiny, images, labels, settings)
+    assert after.warps[0].any() and not after.triggers[0].any()
+    np.testing.assert_array_equal(after.warps[1:], state.warps[1:])
+
+
+def test_masks_see_bent_images(tiny, small_batch, monkeypatch):
+    """What a mask step adds to each image is its trigger and what its warp makes of it."""
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings, seen = dataclasses.replace(_settings(), replay=1.0), []
+
+    def mask_loss(params, m, delta, x, *rest):
+        seen.append((x, delta))
+        return original(params, m, delta, x, *rest)
+
+    original = awm_steps.mask_loss
+    monkeypatch.setattr(awm_steps, "mask_loss", mask_loss)
+    warp, delta = jnp.full((6, 6, 2), 0.5), jnp.full((8, 8, 3), 0.125)
+    state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0], bent=(0.9, 0, 0, 0)))
+    state = state._replace(triggers=state.triggers.at[:].set(delta),
+                           warps=state.warps.at[:].set(warp))
+    problem = awm_steps._problem(tiny, images, labels, None, state, settings)
+    problem.descend(jax.random.key(0), 0, (0 * delta, 0 * warp), (state.masks, state.opt_state))
+    (x, added), = seen
+    np.testing.assert_allclose(x + added, warps.bend(x, warp) + delta[None], atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["distilled", "paper", "official"])

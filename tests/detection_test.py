@@ -17,12 +17,14 @@ from awm_jax.detection import Findings
 from experiments import detection as experiment
 
 
-def _findings(damage, stay=0.5, kept=1.0):
+def _findings(damage, stay=0.5, kept=1.0, bent=0.0, strain=0.0):
     shape = (2, 2, 1)
     damage = jnp.asarray(damage)
-    return Findings(Survey(jnp.zeros((len(damage), *shape)), damage, jnp.zeros(shape),
-                           jnp.array(stay), jnp.array(kept)), detection.signed_anomaly(damage),
-                    jnp.zeros(shape), jnp.array(0.9), jnp.array(1.0), jnp.array(0.8))
+    survey = Survey(jnp.zeros((len(damage), *shape)), damage, jnp.zeros(shape), jnp.array(stay),
+                    jnp.array(kept), jnp.zeros((6, 6, 2)),
+                    jnp.zeros(len(damage)).at[-1].set(bent), jnp.array(strain))
+    return Findings(survey, detection.signed_anomaly(damage), jnp.zeros(shape), jnp.array(0.9),
+                    jnp.array(1.0), jnp.array(0.8))
 
 
 @pytest.mark.parametrize("damage, stay, kept, score, level", [
@@ -41,6 +43,27 @@ def test_the_score_by_hand(damage, stay, kept, score, level):
         assert told.level == level
     assert told.headline and told.reasons and "10 images" in told.limits[0]
     assert found.all_to_all == (stay < 0.15 and kept > 0.5)
+
+
+@pytest.mark.parametrize("bent, strain, score, level", [
+    (0.9, 10.0, 1.8, "suspicious"),  # .9 / .5
+    (0.9, 3.0, 0.75, "unclear"),  # 3 / 4: moved, but not far
+    (0.45, 10.0, 0.9, "unclear"),  # .45 / .5: far, but few
+    (0.1, 0.1, 0.3, "clean-looking"),  # .15 / .5, of the dispersal
+])
+def test_a_warp_that_most_answers_follow_is_suspicious(bent, strain, score, level):
+    found = _findings([1.0, 1.0, 1.0, 0.5], bent=bent, strain=strain)
+    told = verdict.of(found, 10)
+    assert found.score == pytest.approx(score, abs=1e-5) and told.level == level
+    assert ("warp" in told.headline) == (level == "suspicious") == bool(found.survey.bends)
+    assert not found.all_to_all
+    if level == "suspicious":
+        assert "90%" in told.headline and "class 3" in told.headline
+
+
+def test_of_two_classes_a_warp_is_unclear_too():
+    told = verdict.of(_findings([1.0, 1.0], bent=0.9, strain=9.0), 10)
+    assert told.level == "unclear" and "the other class, but two classes" in told.headline
 
 
 def test_anomaly_is_neural_cleanses_with_a_sign():

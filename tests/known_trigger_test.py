@@ -31,10 +31,12 @@ def test_a_trigger_that_mixes_with_the_image_is_refused(pattern, mask):
 
 def test_a_told_survey_suspects_the_target_by_its_trigger():
     found = Survey(triggers=np.zeros((4, 2, 2, 1)), damage=np.array([3.0, 4.0, 1.0, 2.0]),
-                   dispersal=np.zeros((2, 2, 1)), stay=np.array(0.0), kept=np.array(1.0))
-    assert int(found.suspect) == 4  # an all-to-all backdoor
+                   dispersal=np.zeros((2, 2, 1)), stay=np.array(0.0), kept=np.array(1.0),
+                   warp=np.zeros((6, 6, 2)), bent=np.full(4, 0.24),
+                   strain=np.array(9.0))
+    assert int(found.suspect) == 4 and found.bends  # all to all, by a warp
     new = known_trigger.told(found, jnp.full((2, 2, 1), 0.5), 2)
-    assert int(new.suspect) == 2 and float(new.trigger.min()) == 0.5
+    assert int(new.suspect) == 2 and not new.bends and float(new.trigger.min()) == 0.5
     assert np.asarray(new.damage)[[0, 1, 3]].tolist() == [3.0, 4.0, 2.0]
     assert np.asarray(new.triggers)[[0, 1, 3]].max() == 0
 

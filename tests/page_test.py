@@ -38,7 +38,7 @@ def _report():
         "classes": ["plane", "ship", "truck"],
         "scan": {"damage": [1.21, 9.37, 2.53], "anomaly": [-0.67, 8.11, 0.71], "suspect": 1,
                  "all_to_all": False, "stay": 0.29, "kept": 0.83, "concentration": 0.572,
-                 "universal_flips": 0.613},
+                 "universal_flips": 0.613, "bends": False, "bent": 0.12, "strain": 0.3},
         "clean": {"before": {"correct": 161, "count": 172, "low": 0.888, "high": 0.963},
                   "after": {"correct": 159, "count": 173, "low": 0.869, "high": 0.951}},
         "flips": [{"name": "towards ship", "before": 0.987, "after": 0.012},

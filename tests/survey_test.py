@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awm_jax import data, losses, models, torch_compat
+from awm_jax import data, losses, models, torch_compat, warps
 from awm_jax.data import splits
 from awm_jax.defences import awm_purify as awm
 from awm_jax.defences import awm_steps
@@ -110,8 +110,54 @@ def test_only_a_dispersal_that_moves_all_and_keeps_classes_apart_is_suspected(
         second, stay, kept, suspect):
     """And that only where no class stands out."""
     found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, second]), jnp.zeros((2, 2, 1)),
-                   jnp.array(stay), jnp.array(kept))
+                   jnp.array(stay), jnp.array(kept), jnp.zeros((6, 6, 2)), jnp.full(3, 0.1),
+                   jnp.array(9.0))
     assert int(found.suspect) == suspect and float(found.lead) == pytest.approx(5 / second)
+
+
+@pytest.mark.parametrize("bent, strain, suspect, bends", [
+    ([0.0, 0.1, 0.8], 9.0, 2, True), ([0.3, 0.3, 0.3], 9.0, 3, True),
+    ([0.0, 0.1, 0.8], 3.9, 1, False), ([0.0, 0.1, 0.3], 9.0, 1, False),
+])
+def test_a_warp_is_suspected_where_most_answers_follow_it_far(bent, strain, suspect, bends):
+    """Into the class that most get, or none where they go apart; before what is added."""
+    found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, 2.0]), jnp.zeros((2, 2, 1)),
+                   jnp.array(0.4), jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array(bent),
+                   jnp.array(strain))
+    assert (int(found.suspect), bool(found.bends)) == (suspect, bends)
+
+
+@pytest.mark.parametrize("onto", ["one", "another"])
+def test_a_network_that_answers_to_a_warp_is_found(monkeypatch, onto):
+    """One whose answer is the sum of a row's brightness steps, which shifts of half a pixel soften.
+
+    The answer is the bright quadrant, and class 0 or the next one where a fine grating is blurred.
+    """
+    grating = jnp.tile(jnp.array([0.0, 1.0]), 4)  # along rows and alike in all of them
+
+    def apply(params, images, **_):
+        del params
+        grey = images[:, :, :, 2].reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4)
+        contrast = jnp.abs(jnp.diff(images[:, 2:6, :, 0], axis=2)).mean(axis=(1, 2))
+        blurred = jax.nn.sigmoid(20 * (0.7 - contrast))[:, None]
+        moved = jnp.roll(grey, 1, axis=1) if onto == "another" else jnp.eye(4)[:1]
+        return 60 * ((1 - blurred) * grey + blurred * moved)
+
+    monkeypatch.setattr(survey_module.models, "apply", apply)
+    images = jnp.zeros((4, 2, 4, 2, 4, 3)).at[
+        jnp.arange(4), jnp.arange(4) // 2, :, jnp.arange(4) % 2].set(0.5).reshape(4, 8, 8, 3)
+    images = images.at[..., 0].set(grating[None, None])
+    params = Params({}, {}, Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3)))
+    found = survey(jax.random.key(0), params, lambda _: images, steps=2, tau=0.1)
+    expected = (0, [0.0, 0.25, 0.25, 0.25]) if onto == "one" else (4, [0.25] * 4)
+    assert bool(found.bends) and int(found.suspect) == expected[0]
+    np.testing.assert_allclose(sorted(found.bent), sorted(
+        [0.75, 0, 0, 0] if onto == "one" else expected[1]))
+    assert 0 < float(jnp.abs(found.warp).max()) <= 0.75
+    own = apply(params, images).argmax(axis=1)
+    assert own.tolist() == [0, 1, 2, 3]
+    bent = apply(params, warps.bend(images, found.warp))
+    np.testing.assert_allclose(losses.cross_entropy(bent, own), found.strain, rtol=1e-5)
 
 
 def test_bounds_damage_and_determinism(tiny, small_batch):

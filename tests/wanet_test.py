@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awm_jax import attacks
-from awm_jax.attacks.wanet import Warp, _cubic, identity, sample, warping_grid
+from awm_jax import attacks, warps
+from awm_jax.attacks.wanet import Warp, identity, sample, warping_grid
 
 KEY = jax.random.key(0)
 
@@ -45,7 +45,7 @@ def test_the_field_is_pytorchs_bicubic_upsampling(height, width, knots):
     theirs = torch.nn.functional.interpolate(
         torch.tensor(noise)[None, None], size=(height, width), mode="bicubic",
         align_corners=True)[0, 0].numpy()
-    ours = _cubic(knots, height) @ noise @ _cubic(knots, width).T
+    ours = warps.cubic(knots, height) @ noise @ warps.cubic(knots, width).T
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
@@ -54,7 +54,7 @@ def test_the_warp_is_its_formula():
     grid = np.asarray(warping_grid(key, size, size))
     noise = np.asarray(jax.random.uniform(key, (4, 4, 2), minval=-1.0, maxval=1.0), np.float64)
     noise /= np.abs(noise).mean()
-    up = _cubic(4, size)
+    up = warps.cubic(4, size)
     field = np.stack([up @ noise[..., c] @ up.T for c in (0, 1)], axis=-1)
     expected = np.clip(np.asarray(identity(size, size)) + strength / size * field, -1, 1)
     np.testing.assert_allclose(grid, expected, atol=1e-6)

@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from awm_jax import warps
 from awm_jax.attacks.base import Attack, no_target
 
 TARGET = 0
 KNOTS, STRENGTH = 4, 0.5
 COVER_RATIO = 2.0
-_KEYS = -0.75  # the cubic kernel's parameter, as in most image libraries
 
 
 def sample(images: jax.Array, grid: jax.Array) -> jax.Array:
@@ -62,20 +61,6 @@ def identity(height: int, width: int) -> jax.Array:
     return jnp.stack([x, y], axis=-1)
 
 
-def _cubic(knots: int, size: int) -> np.ndarray:
-    """``[size, knots]``: cubic interpolation between knots, the first and last on the borders."""
-    at = np.linspace(0, knots - 1, size)
-    first = np.floor(at).astype(int)
-    matrix = np.zeros((size, knots))
-    for offset in (-1, 0, 1, 2):
-        t = np.abs(at - (first + offset))
-        near = (_KEYS + 2) * t**3 - (_KEYS + 3) * t**2 + 1
-        far = _KEYS * (t**3 - 5 * t**2 + 8 * t - 4)
-        weight = np.where(t <= 1, near, np.where(t < 2, far, 0.0))
-        np.add.at(matrix, (np.arange(size), np.clip(first + offset, 0, knots - 1)), weight)
-    return matrix
-
-
 def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
                  strength: float = STRENGTH) -> jax.Array:
     """``clip(id + s / H * up(n / mean|n|), -1, 1)`` with n uniform in [-1, 1] on k x k knots.
@@ -99,8 +84,8 @@ def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
     """
     noise = jax.random.uniform(key, (knots, knots, 2), minval=-1.0, maxval=1.0)
     noise = noise / jnp.abs(noise).mean()
-    field = jnp.einsum("ik,jl,klc->ijc", jnp.asarray(_cubic(knots, height), jnp.float32),
-                       jnp.asarray(_cubic(knots, width), jnp.float32), noise)
+    field = jnp.einsum("ik,jl,klc->ijc", jnp.asarray(warps.cubic(knots, height), jnp.float32),
+                       jnp.asarray(warps.cubic(knots, width), jnp.float32), noise)
     return jnp.clip(identity(height, width) + strength * field / height, -1.0, 1.0)
 
 

@@ -10,12 +10,11 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import detection, formats, masks, metrics, programs, validate
+from awm_jax.command import changes, verdict
 from awm_jax.command import suspect as reading
-from awm_jax.command import verdict
 from awm_jax.command.suspect import Suspect, say
 from awm_jax.defences import DEFENCES, AWMConfig, Status, awm_purify
 from awm_jax.defences.survey import Survey
@@ -28,9 +27,6 @@ _ENOUGH = 10  # images of every class, from which some are held out to choose by
 _MILDER = (0.95, 0.98)  # alphas to try after the default, where they are above it
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
-
-_answers = jax.jit(detection.answers)
-
 
 @dataclasses.dataclass(frozen=True)
 class Purification:
@@ -275,7 +271,7 @@ def _interval(correct: int, count: int) -> dict[str, float]:
 
 def _report(args: argparse.Namespace, suspect: Suspect, findings: Findings) -> dict[str, Any]:
     """What the page shows of a scan."""
-    arch, found = suspect.params.arch, findings.survey
+    arch, survey = suspect.params.arch, findings.survey
     told = verdict.of(findings, len(suspect.batch.labels))
     labels = np.asarray(suspect.batch.labels)
     return {
@@ -286,60 +282,25 @@ def _report(args: argparse.Namespace, suspect: Suspect, findings: Findings) -> d
         "images": {"count": len(labels), "classes": len(set(labels.tolist())),
                    "note": suspect.images_note},
         "classes": [str(i) for i in range(arch.num_classes)],
-        "scan": {"damage": found.damage.tolist(), "anomaly": findings.anomaly.tolist(),
-                 "suspect": (int(found.damage.argmax()) if told.level == "suspicious"
+        "scan": {"damage": survey.damage.tolist(), "anomaly": findings.anomaly.tolist(),
+                 "suspect": (int(survey.suspect) if told.level == "suspicious"
                              and not findings.all_to_all else None),
-                 "all_to_all": findings.all_to_all, "stay": float(found.stay),
-                 "kept": float(found.kept), "concentration": float(findings.concentration),
+                 "all_to_all": findings.all_to_all, "stay": float(survey.stay),
+                 "kept": float(survey.kept), "concentration": float(findings.concentration),
+                 "bends": bool(survey.bends), "bent": float(survey.bent.sum()),
+                 "strain": float(survey.strain),
                  "universal_flips": float(findings.flips), "score": findings.score},
     }
-
-
-def _triggers(findings: Findings) -> dict[str, np.ndarray]:
-    """The triggers that the report tells of, the suspect's first."""
-    found, order = findings.survey, np.argsort(-np.asarray(findings.survey.damage))
-    towards = {f"trigger towards class {c}": np.asarray(found.triggers[c]) for c in order[:3]}
-    apart = {"trigger that moves every class into another": np.asarray(found.dispersal)}
-    away = {"trigger away from the network's own answers": np.asarray(findings.universal)}
-    return {**apart, **towards, **away} if findings.all_to_all else {**towards, **apart, **away}
-
-
-def _pictures(suspect: Suspect, triggers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One of the given images, then each trigger, amplified, and on that image."""
-    from awm_jax.report.pictures import amplified
-
-    image = np.asarray(suspect.batch.images[0])
-    shown = {"one of the given images": image}
-    for name, delta in triggers.items():
-        shown[f"{name} (amplified, grey is none)"] = amplified(delta)
-        shown[f"the image with the {name}"] = np.clip(image + delta, 0, 1)
-    return shown
-
-
-def _flips(suspect: Suspect, triggers: dict[str, np.ndarray], purified: Params | None
-           ) -> list[dict[str, Any]]:
-    """Share of the given images that each trigger moves off the network's own answer."""
-    stack = jnp.asarray(np.stack([np.zeros_like(next(iter(triggers.values()))),
-                                  *triggers.values()]))
-    shares: list[list[float | None]] = []
-    for params in (suspect.params, purified):
-        if params is None:
-            shares.append([None] * len(triggers))
-            continue
-        own, *under = np.asarray(_answers(params, jnp.asarray(suspect.batch.images), stack))
-        shares.append([float((answer != own).mean()) for answer in under])
-    return [{"name": name, "before": before, "after": after}
-            for name, before, after in zip(triggers, *shares, strict=True)]
 
 
 def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findings: Findings,
             purified: Params | None, command: str, started: float) -> None:
     """Accuracy and flips before and after, then the report is written."""
-    triggers, count = _triggers(findings), len(suspect.batch.labels)
+    every, count = changes.of(findings), len(suspect.batch.labels)
     report["clean"] = {"before": _interval(suspect.correct(), count)}
     if purified is not None:
         report["clean"]["after"] = _interval(suspect.correct(purified), count)
-    report["flips"] = _flips(suspect, triggers, purified)
+    report["flips"] = changes.flips(suspect.batch.images, every, suspect.params, purified)
     for row in report["flips"]:
         after = "" if row["after"] is None else f" -> {100 * row['after']:.0f}%"
         say(f"  {row['name']}: moves {100 * row['before']:.0f}%{after} of the given images")
@@ -347,7 +308,7 @@ def _finish(path: pathlib.Path, report: dict[str, Any], suspect: Suspect, findin
         "command": command, "versions": _versions(),
         "seconds": time.monotonic() - started,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
-    page.write(path, report, _pictures(suspect, triggers))
+    page.write(path, report, changes.pictures(suspect.batch.images[0], every))
     say(f"The report is in {path} ({report['reproduce']['seconds']:.0f} s).")
 
 

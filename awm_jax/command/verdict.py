@@ -3,15 +3,16 @@
 import dataclasses
 
 from awm_jax import detection
+from awm_jax.defences.survey import BENDS_ABOVE, BENT_ABOVE
 from awm_jax.detection import Findings
 
 UNCLEAR = 0.5  # of the score, from which on a network is not called clean-looking
 # Of two, one class always is the easier: 10 of 12 scans of clean ones had scores of 1 and more.
 _FEW_CLASSES = 2
 LIMITS = (
-    "The scan looks for small, fixed changes of pixels that send images into one class, or each "
-    "class into another. Backdoors that bend the whole image (WaNet) or lay a faint wave over "
-    "it (SIG) looked clean to it, in the one network of each that we scanned.",
+    "The scan looks for small, fixed changes of pixels, and for smooth warps of less than a pixel, "
+    "that send images into one class, or each class into another. Backdoors that lay a faint wave "
+    "over the whole image (SIG) looked clean to it, in the one network that we scanned.",
     "A network can have a weakness of this kind without anybody having planted it: of ten that we "
     "trained on clean handwritten digits, two were called suspicious. And one that looks clean may "
     "have a backdoor of another kind.",
@@ -49,27 +50,13 @@ def of(findings: Findings, count: int) -> Verdict:
 
     Example: `of(awm_jax.detection.scan(params, batch), len(batch.labels)).level`.
     """
-    found = findings.survey
-    first = int(found.damage.argmax())
+    survey = findings.survey
+    first = int(survey.damage.argmax())
     level = ("suspicious" if findings.score >= 1 else
              "unclear" if findings.score >= UNCLEAR else "clean-looking")
-    few_classes = len(found.damage) <= _FEW_CLASSES and level == "suspicious"
-    if few_classes:
+    if len(survey.damage) <= _FEW_CLASSES and level == "suspicious":
         level = "unclear"
-        what = ("gives most images the other class" if findings.all_to_all else
-                f"drives the network towards class {first} {findings.lead:.1f} times as far as "
-                "towards the other")
-        headline = (f"a small trigger {what}, but two classes are too few to tell a backdoor from "
-                    "what any network's triggers do")
-    elif findings.all_to_all:
-        headline = ("a small trigger moves almost every image into another class and keeps the "
-                    "classes apart, as an all-to-all backdoor does")
-    elif level == "suspicious":
-        headline = (f"a small trigger drives the network towards class {first} {findings.lead:.1f} "
-                    "times as far as towards any other class")
-    else:
-        headline = (f"no class stands out: the easiest, {first}, is driven {findings.lead:.2f} "
-                    "times as far as the next")
+    headline = _headline(findings, level, first)
     reasons = (
         f"score {findings.score:.2f} (from 1 on suspicious, below {UNCLEAR:g} clean-looking), the "
         f"first class's lead {findings.lead:.2f} (threshold {detection.LEADS_BY:g}) and anomaly "
@@ -79,6 +66,33 @@ def of(findings: Findings, count: int) -> Verdict:
         f"under the trigger that leads away from the network's own answers "
         f"{100 * float(findings.flips):.0f}% of the images change class, "
         f"{100 * float(findings.concentration):.0f}% of these into one class",
+        f"under a smooth warp of less than a pixel {100 * float(survey.bent.sum()):.0f}% change "
+        f"class, by {float(survey.strain):.1f} nats (thresholds {100 * BENT_ABOVE:g}% and "
+        f"{BENDS_ABOVE:g})",
     )
     few = (f"Only {count} images were given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)
+
+
+def _headline(findings: Findings, level: str, first: int) -> str:
+    """One sentence on what stands out, if anything does."""
+    survey = findings.survey
+    few = findings.score >= 1 and level != "suspicious"
+    into = "one class or another" if findings.all_to_all else f"class {int(survey.suspect)}"
+    if survey.bends:
+        what = (f"a smooth warp of less than a pixel sends {100 * float(survey.bent.sum()):.0f}% "
+                f"of the images into {'the other class' if few else into}")
+        what += "" if few else ", as a warping backdoor does (WaNet)"
+    elif findings.all_to_all:
+        what = "a small trigger " + (
+            "gives most images the other class" if few else
+            "moves almost every image into another class and keeps the classes apart, as an "
+            "all-to-all backdoor does")
+    elif findings.score >= 1:
+        what = (f"a small trigger drives the network towards class {first} {findings.lead:.1f} "
+                f"times as far as towards {'the other' if few else 'any other class'}")
+    else:
+        return (f"no class stands out: the easiest, {first}, is driven {findings.lead:.2f} "
+                "times as far as the next")
+    return what + (", but two classes are too few to tell a backdoor from what any network's "
+                   "triggers do" if few else "")

@@ -1,5 +1,7 @@
 """What the steps of Adversarial Weight Masking draw: clean images, and triggers to replay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -65,19 +67,18 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
     return images, labels
 
 
-def replayed(key: jax.Array, delta: jax.Array, triggers: jax.Array, epoch: jax.Array,
-             settings: Settings) -> jax.Array:
+def replayed(key: jax.Array, new: Any, old: Any, epoch: jax.Array, settings: Settings) -> Any:
     """One trigger an image: this epoch's, or with probability ``replay`` an earlier one.
 
     Args:
       key: PRNG key.
-      delta: ``[H, W, C]`` this epoch's trigger.
-      triggers: ``[epochs + suspects, H, W, C]`` as `awm_steps.AWMState` keeps them.
+      new: this epoch's trigger, a tree of arrays such as ``[H, W, C]``.
+      old: a tree like it of ``[epochs + suspects, ...]``, as `awm_steps.AWMState` keeps them.
       epoch: the epoch's number, from 0.
       settings: ``batch_size``, ``epochs`` and ``replay``.
 
     Returns:
-      ``[batch_size, H, W, C]``.
+      A tree of ``[batch_size, ...]``.
 
     Example:
       >>> from awm_jax.defences import AWMConfig
@@ -87,9 +88,11 @@ def replayed(key: jax.Array, delta: jax.Array, triggers: jax.Array, epoch: jax.A
       (16, 8, 8, 3)
     """
     key_old, key_which = jax.random.split(key)
-    surveyed = len(triggers) - settings.epochs
+    surveyed = len(jax.tree.leaves(old)[0]) - settings.epochs
     earlier = surveyed + epoch
     which = jax.random.randint(key_which, (settings.batch_size,), 0, jnp.maximum(earlier, 1))
-    old = jax.random.bernoulli(key_old, settings.replay, (settings.batch_size, 1, 1, 1))
+    again = jax.random.bernoulli(key_old, settings.replay, (settings.batch_size, 1, 1, 1))
     # The survey's lie at the end, so the first of them is at -surveyed.
-    return jnp.where(old & (earlier > 0), triggers[which - surveyed], delta[None])
+    return jax.tree.map(lambda this, before: jnp.where(again & (earlier > 0),
+                                                       before[which - surveyed], this[None]),
+                        new, old)

@@ -22,7 +22,7 @@ class Settings:
       inner_lr: step length of the trigger.
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
-      steady: it is not, where the survey suspects an all-to-all backdoor.
+      steady: it is not, where the survey suspects an all-to-all backdoor or one of a warp.
       layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
       spare: masks of convolutions at the first resolution stay 1, unless the survey suspects an
         all-to-all backdoor.

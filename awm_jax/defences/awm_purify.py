@@ -28,6 +28,8 @@ class Purified:
       history: `AWMInfo`'s fields, each ``[epochs]``, of the epochs that were kept.
       trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
         variant without one; added to images in [0, 1].
+      warp: ``[k, k, 2]`` the warp that the suspect answers to, for `awm_jax.warps.bend`; None
+        where it is an added trigger, or in a variant without a survey.
       survey: `Survey`: triggers and damage, class by class, found on the suspect network; None in
         a variant without one.
     """
@@ -37,6 +39,7 @@ class Purified:
     status: Status
     history: dict[str, np.ndarray]
     trigger: np.ndarray
+    warp: np.ndarray | None
     survey: Survey | None
 
 
@@ -146,7 +149,8 @@ def conclude(params: Params, state: AWMState, found: Survey | None, history: AWM
     else:
         found = jax.device_get(found)
         trigger = found.trigger
-    return Purified(purified, state.masks, status, fields, np.asarray(trigger), found)
+    warp = np.asarray(found.warp) if found is not None and found.bends else None
+    return Purified(purified, state.masks, status, fields, np.asarray(trigger), warp, found)
 
 
 def network(params: Params, state: AWMState) -> Params:

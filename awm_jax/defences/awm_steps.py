@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from awm_jax import bilevel, losses, models, projections
+from awm_jax import bilevel, losses, models, projections, warps
 from awm_jax import masks as masking
 from awm_jax.defences import awm_batches, awm_spare, chunks, recalibrate
 from awm_jax.defences.awm_config import Settings
@@ -26,7 +26,10 @@ class AWMState(NamedTuple):
       finite: False once a non-finite value was met; from then on nothing changes.
       triggers: ``[epochs + suspects, H, W, C]`` the trigger of every epoch done, zeros after them,
         and last the survey's; only the last epoch's, ``[1, H, W, C]``, without ``replay``.
+      warps: ``[epochs + suspects, k, k, 2]`` the warp beside each of these, zeros but where the
+        suspect answers to one; None without a survey.
       suspect: `Survey.suspect`, -1 without a survey.
+      bends: `Survey.bends`, False without one.
       batch_stats: the network's BatchNorm statistics; after every stretch of `epochs` they follow
         the masks, where the settings ask for it and no all-to-all backdoor is suspected.
     """
@@ -36,7 +39,9 @@ class AWMState(NamedTuple):
     epoch: jax.Array
     finite: jax.Array
     triggers: jax.Array
+    warps: jax.Array | None
     suspect: jax.Array
+    bends: jax.Array
     batch_stats: Any
 
 
@@ -62,8 +67,9 @@ class AWMInfo(NamedTuple):
 
 def trigger_gradient(params: Params, masks: Masks | None, delta: jax.Array, images: jax.Array,
                      labels: jax.Array, *, clamp: bool,
-                     towards: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """``d/d delta  mean CE(f(x + delta; m * w), y)``, ``[H, W, C]``.
+                     towards: tuple[jax.Array, jax.Array] | None = None,
+                     warp: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """``d/d(delta, w)  mean CE(f(bend(x, w) + delta; m * w), y)``.
 
     Args:
       params: the network.
@@ -74,16 +80,21 @@ def trigger_gradient(params: Params, masks: Masks | None, delta: jax.Array, imag
       clamp: clip ``x + delta`` to [0, 1].
       towards: ``(whether, suspect)``, scalars: if true, the gradient of `survey.objective` for that
         suspect instead.
+      warp: ``[k, k, 2]`` pixels; None for no bending.
+
+    Returns:
+      ``[H, W, C]``, and ``[k, k, 2]`` or None.
     """
 
-    def loss(delta):
-        logits = models.apply(params, _add(images, delta, clamp), masks=masks)
+    def loss(delta, warp):
+        bent = images if warp is None else warps.bend(images, warp)
+        logits = models.apply(params, _add(bent, delta, clamp), masks=masks)
         away = losses.cross_entropy(logits, labels)
         if towards is None:
             return away
         return jnp.where(towards[0], objective(logits, towards[1], labels), away)
 
-    return jax.grad(loss)(delta)
+    return jax.grad(loss, argnums=(0, 1))(delta, warp)
 
 
 def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
@@ -145,15 +156,15 @@ def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
 _ADAM = optax.scale_by_adam()
 
 
-def _rate(epoch: jax.Array, all_to_all: jax.Array, settings: Settings) -> jax.Array:
-    """Adam's rate: a tenth from ``decay_epoch`` on, or not where all-to-all is suspected.
+def _rate(epoch: jax.Array, steady: jax.Array, settings: Settings) -> jax.Array:
+    """Adam's rate: a tenth from ``decay_epoch`` on, or not against what wants a steady one.
 
-    What is left of such a backdoor by then is still large, and a tenth of the rate moves nothing
-    of it (docs/results.md).
+    What is left of an all-to-all backdoor, or of a warp's, by then is still large, and a tenth of
+    the rate moves nothing of it (docs/results.md).
     """
     falls = epoch >= settings.decay_epoch
     if settings.steady:
-        falls &= ~all_to_all
+        falls &= ~steady
     return jnp.asarray(settings.outer_lr, jnp.float32) * jnp.where(falls, 0.1, 1.0)
 
 
@@ -172,12 +183,12 @@ def _fled(params: Params, masks: Masks, images: jax.Array, labels: jax.Array,
 
 
 def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Array | None,
-             triggers: jax.Array, suspect: jax.Array, settings: Settings) -> bilevel.Problem:
+             state: AWMState, settings: Settings) -> bilevel.Problem:
     """Algorithm 1 as the four functions that `bilevel.epoch` drives.
 
-    ``fled`` is what `_fled` gives. ``triggers`` are those of earlier epochs: masks that only answer
-    the newest one let go of what they had erased before, as soon as the search finds something
-    else.
+    ``fled`` is what `_fled` gives. The state keeps the triggers of earlier epochs: masks that only
+    answer the newest one let go of what they had erased before, as soon as the search finds
+    something else.
 
     With a survey, the second epoch starts from its most damaging trigger: the first steps move the
     masks most, and on ten images a search from zero rarely meets the backdoor. With ``pursuit``,
@@ -188,7 +199,11 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     Where the survey suspects an all-to-all backdoor, every search is for a dispersal and goes on
     from the last one: away from the network's answers there are only its natural weaknesses, which
     are stronger. What such a trigger does is weak too, so the images that carry it weigh more.
+
+    Where the suspect answers to a warp, every search is for a warp, away from the network's
+    answers: these meet nothing else.
     """
+    triggers, suspect = state.triggers, state.suspect
     all_to_all = suspect == params.arch.num_classes
     taus = jnp.asarray(settings.taus, jnp.float32)
     alpha = jnp.where(all_to_all, settings.all_to_all_alpha, settings.alpha)
@@ -206,47 +221,57 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     def start(key, epoch, outer):
         del key, outer
         nothing = jnp.zeros(images.shape[1:], images.dtype)
-        if len(triggers) <= settings.epochs:  # no survey
-            return nothing
-        last = triggers[jnp.where(epoch == 0, settings.epochs, epoch - 1)]
-        return jnp.where(all_to_all, last,
-                         jnp.where(epoch == 1, triggers[settings.epochs], nothing))
+        if state.warps is None:  # no survey
+            return nothing, None
+        first = jnp.where(epoch == 0, settings.epochs, epoch - 1)
+        place = jnp.where(all_to_all, first, settings.epochs)
+        known = all_to_all | (epoch == 1)
+        return (jnp.where(known, triggers[place], nothing),
+                jnp.where(known & state.bends, state.warps[place], 0.0))
 
-    def ascend(key, epoch, delta, outer):
+    def ascend(key, epoch, inner, outer):
         x, y = awm_batches.minibatch(key, images, labels if fled is None else fled, settings)
-        masks, _ = outer
+        (delta, warp), (masks, _) = inner, outer
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
-        towards = (pursues(epoch), suspect) if settings.pursuit else None
-        gradient = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner,
-                                    towards=towards)
+        towards = (pursues(epoch) & ~state.bends, suspect) if settings.pursuit else None
+        gradient, slope = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner,
+                                           towards=towards, warp=warp)
         if settings.l2_weight:  # the slope of ||d||_2, none at zero
             gradient = gradient + settings.l2_weight * projections.unit(delta)
         if settings.normalised:
             gradient = projections.unit(gradient)
-        delta = delta + settings.inner_lr * gradient
+        ahead = delta + settings.inner_lr * gradient
         if settings.sparse:
-            delta = jnp.clip(projections.l1_ball(delta, bound(epoch)), -1.0, 1.0)
-        return delta
+            ahead = jnp.clip(projections.l1_ball(ahead, bound(epoch)), -1.0, 1.0)
+        if slope is None:
+            return ahead, None
+        return (jnp.where(state.bends, delta, ahead),
+                jnp.where(state.bends, warps.ascend(warp, slope), warp))
 
-    def settle(epoch, delta):
+    def settle(epoch, inner):
+        delta, warp = inner
         if settings.sparse or settings.bound == "none":
-            return delta
+            return inner
         scale = projections.scale_to_l2 if settings.bound == "l2" else projections.scale_to_l1
-        return scale(delta, bound(epoch))
+        return scale(delta, bound(epoch)), warp
 
-    def descend(key, epoch, delta, outer):
+    def descend(key, epoch, inner, outer):
         masks, opt_state = outer
         key_batch, key_replay = jax.random.split(key)
         x, target = awm_batches.minibatch(key_batch, images, labels, settings)
         if settings.replay:
-            delta = awm_batches.replayed(key_replay, delta, triggers, epoch, settings)
+            inner = awm_batches.replayed(key_replay, inner, (triggers, state.warps), epoch,
+                                         settings)
+        delta, warp = inner
+        if warp is not None:  # what a warp makes of an image, as what is added to it
+            delta = delta + (warps.bend(x, warp) - x)
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
 
         gradients, info = _mask_gradient(params, masks, delta, x, target, settings, alpha)
         directions, opt_state = _ADAM.update(gradients, opt_state, masks)
-        rate = _rate(epoch, all_to_all, settings)
+        rate = _rate(epoch, all_to_all | state.bends, settings)
         stepped = masking.clip(jax.tree.map(lambda m, d: m - rate * d, masks, directions))
         if settings.monotone:
             stepped = jax.tree.map(jnp.minimum, stepped, masks)
@@ -277,7 +302,8 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     Args:
       params: the suspect network.
       settings: from `AWMConfig.resolve`.
-      found: from `look`; its most damaging triggers are replayed from the start.
+      found: from `look`; its most damaging triggers are replayed from the start, and the warp
+        before them where the suspect answers to it.
     """
     layers = settings.layers
     if layers == "deep":  # a network without convolutions is masked as by 'conv'
@@ -285,14 +311,18 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     masks = masking.init(params.weights, layers)
     kept = settings.epochs if settings.replay else 1
     triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
+    bends, bent = jnp.array(False), None
     if found is not None:
-        suspect = found.suspect
+        suspect, bends = found.suspect, found.bends
         worst = found.triggers[jnp.argsort(-found.damage)[:settings.suspects]]
-        worst = jnp.where(suspect < len(found.damage), worst,
-                          jnp.concatenate([found.dispersal[None], worst[:-1]]))
+        apart = jnp.where(bends, jnp.zeros_like(found.dispersal), found.dispersal)
+        worst = jnp.where(bends | (suspect == len(found.damage)),
+                          jnp.concatenate([apart[None], worst[:-1]]), worst)
         triggers = jnp.concatenate([triggers, worst])
-    return AWMState(masks, _ADAM.init(masks), jnp.zeros((), jnp.int32),
-                    jnp.array(True), triggers, suspect, params.batch_stats)
+        bent = jnp.zeros((len(triggers), *found.warp.shape))
+        bent = bent.at[settings.epochs].set(jnp.where(bends, found.warp, 0.0))
+    return AWMState(masks, _ADAM.init(masks), jnp.zeros((), jnp.int32), jnp.array(True), triggers,
+                    bent, suspect, bends, params.batch_stats)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -313,8 +343,8 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     Reference: AWM paper, Algorithm 1.
     """
     fled = _fled(params, state.masks, images, labels, settings)
-    (masks, opt_state), trigger, info = bilevel.epoch(
-        _problem(params, images, labels, fled, state.triggers, state.suspect, settings),
+    (masks, opt_state), (trigger, warp), info = bilevel.epoch(
+        _problem(params, images, labels, fled, state, settings),
         jax.random.fold_in(key, state.epoch), state.epoch,
         (state.masks, state.opt_state), inner_steps=settings.inner_steps,
         outer_steps=settings.outer_steps)
@@ -322,8 +352,9 @@ def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, lab
     leaves = jax.tree.leaves((masks, info, trigger))
     finite = state.finite & jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
     slot = state.epoch if settings.replay else 0
-    triggers = state.triggers.at[slot].set(trigger)
-    new = state._replace(masks=masks, opt_state=opt_state, triggers=triggers)
+    bent = None if state.warps is None else state.warps.at[slot].set(warp)
+    new = state._replace(masks=masks, opt_state=opt_state, warps=bent,
+                         triggers=state.triggers.at[slot].set(trigger))
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new._replace(epoch=state.epoch + 1, finite=finite), info
 

@@ -178,7 +178,9 @@ def _measures(scan: Mapping[str, Any]) -> str:
         "Universal flips: images whose answer is changed by the trigger that leads away from the "
         "network's own answers": _number(scan["universal_flips"], True),
         "Concentration: share of these that it sends into the same class":
-            _number(scan["concentration"], True)})
+            _number(scan["concentration"], True),
+        "Bent: images whose answer is changed by a smooth warp of less than a pixel":
+            _number(scan["bent"], True)})
 
 
 def _picture(name: str, pixels: np.ndarray) -> str:

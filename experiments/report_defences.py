@@ -1,11 +1,18 @@
 """This project's own table as a page: every defence against every attack."""
 
+from collections.abc import Callable
 from typing import Any
 
+from awm_jax.attacks import AWM_ATTACKS
 from experiments import kept, results
 from experiments.cells import ONE
 from experiments.pages import Heading, Page
 from experiments.table_cells import OWN
+
+# Apart, so that an average is over the same attacks for every defence.
+_GROUPS: dict[str, Callable[[str], bool]] = {
+    "the AWM paper's six attacks": lambda attack: attack in AWM_ATTACKS,
+    "other attacks": lambda attack: attack not in AWM_ATTACKS}
 
 
 def make(held: kept.Kept) -> dict[str, Page]:
@@ -54,17 +61,18 @@ def _page(name: str, cells: dict[str, Any]) -> Page:
         "s: median seconds of a purification, compiling included. Beside the papers' figures, by "
         "their count of ASR: [AWM's Table 8](awm8.md)."])
     for arch in kept.networks(name, cells):
-        places = kept.places(name, arch, cells)
+        places = sorted(kept.places(name, arch, cells).items(),
+                        key=lambda item: _order(table, item[0]))
         for samples in table.samples:
-            done = [{**entry, "attack": attack, "defence": heading,
-                     "der": kept.measured(entry, "der")}
-                    for (attack, n, heading), entries in sorted(
-                        places.items(), key=lambda item: _order(table, item[0]))
-                    if n == samples for entry in entries]
-            if done:
-                of = "one image a class" if samples == ONE else f"{samples} clean images"
-                page.blocks.extend([Heading(f"{arch}, {of}"), results.summary(done),
-                                    results.matrix(done)])
+            of = "one image a class" if samples == ONE else f"{samples} clean images"
+            for which, belongs in _GROUPS.items():
+                done = [{**entry, "attack": attack, "defence": heading,
+                         "der": kept.measured(entry, "der")}
+                        for (attack, n, heading), entries in places
+                        if n == samples and belongs(attack) for entry in entries]
+                if done:
+                    page.blocks.extend([Heading(f"{arch}, {of}, {which}"), results.summary(done),
+                                        results.matrix(done)])
     return page
 
 

@@ -34,7 +34,8 @@ def test_bending_is_sampling_at_the_field(x64, height, width, knots):
     flow = warps.field(warp, height, width)
     assert float(jnp.abs(flow).max()) <= 1
     grid = np.asarray(identity(height, width)) + 2 * np.asarray(flow) / [width - 1, height - 1]
-    np.testing.assert_allclose(warps.bend(images, warp), sample(images, jnp.asarray(grid)), atol=1e-6)
+    np.testing.assert_allclose(warps.bend(images, warp), sample(images, jnp.asarray(grid)),
+                               atol=1e-6)
     for i in range(2):  # one an image is as one alone
         np.testing.assert_allclose(warps.bend(images, warp)[i],
                                    warps.bend(images[i : i + 1], warp[i])[0], atol=1e-12)
@@ -57,7 +58,8 @@ def test_its_slope_is_that_of_finite_differences(x64):
 
 
 def test_steps_stay_within_the_bound_and_reach_it():
-    warp, gradient = jnp.zeros((2, 2, 2)), jnp.zeros((2, 2, 2)).at[..., 0].set(3.0).at[..., 1].set(-0.1)
+    warp = jnp.zeros((2, 2, 2))
+    gradient = warp.at[..., 0].set(3.0).at[..., 1].set(-0.1)
     for _ in range(7):
         warp = warps.ascend(warp, gradient, 0.5)
     np.testing.assert_allclose(warp, np.array([0.5, -0.5]) * np.ones((2, 2, 2)))

@@ -139,12 +139,14 @@ class AWMConfig:
       the network farthest are among the triggers from the start; every second epoch searches for
       the worst of these classes again, within four times the bound. Where the survey suspects an
       all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
-      given. Two rules keep erased what was erased: three quarters of the images in a mask step
-      carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
-      masked against an all-to-all backdoor only: their filters serve every class, and masking them
-      against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
-      16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all. From 500
-      images on alpha is .95, not .9, against one target.
+      given; where most answers follow a smooth warp of under a pixel (`awm_jax.warps`), every epoch
+      searches for such warps. Two rules keep erased what was erased: three quarters of the images
+      in a mask step carry an earlier trigger, and masks never rise. Convolutions at the first
+      resolution are masked against an all-to-all backdoor only: their filters serve every class, and
+      masking them against one target costs accuracy and erases little more. Naming ``layers`` masks
+      just those.
+      16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all or warps.
+      From 500 images on alpha is .95, not .9, against one target.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a

@@ -142,9 +142,9 @@ class AWMConfig:
       given; where most answers follow a smooth warp of under a pixel (`awm_jax.warps`), every epoch
       searches for such warps. Two rules keep erased what was erased: three quarters of the images
       in a mask step carry an earlier trigger, and masks never rise. Convolutions at the first
-      resolution are masked against an all-to-all backdoor only: their filters serve every class, and
-      masking them against one target costs accuracy and erases little more. Naming ``layers`` masks
-      just those.
+      resolution are masked against an all-to-all backdoor only: their filters serve every class,
+      and masking them against one target costs accuracy and erases little more. Naming ``layers``
+      masks just those.
       16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all or warps.
       From 500 images on alpha is .95, not .9, against one target.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain

@@ -50,7 +50,8 @@ def of(findings: Findings) -> dict[str, Change]:
 
 def _added(delta: Any) -> Change:
     """A trigger that is added."""
-    return Change(lambda images: jnp.clip(images + jnp.asarray(delta), 0, 1), np.asarray(delta))
+    pattern = np.asarray(delta)
+    return Change(lambda images: jnp.clip(images + pattern[None], 0, 1), pattern)
 
 
 def flips(images: jax.Array, every: dict[str, Change], params: Params,
@@ -69,13 +70,16 @@ def flips(images: jax.Array, every: dict[str, Change], params: Params,
     Example: `flips(batch.images, of(findings), params, None)`.
     """
     clean = jnp.asarray(images)
-    rows = []
+    networks = {"before": params, "after": purified}
+    own = {when: None if network is None else _answers(network, clean)
+           for when, network in networks.items()}
+    rows: list[dict[str, Any]] = []
     for name, change in every.items():
-        changed, shares = change.apply(clean), []
-        for network in (params, purified):
-            shares.append(None if network is None else float(
-                (_answers(network, changed) != _answers(network, clean)).mean()))
-        rows.append({"name": name, "before": shares[0], "after": shares[1]})
+        changed = change.apply(clean)
+        rows.append({"name": name, **{
+            when: None if network is None else float(
+                (_answers(network, changed) != own[when]).mean())
+            for when, network in networks.items()}})
     return rows
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from awm_jax import checkpoint, masks, metrics, models
-from awm_jax.command import jobs, main, normalisation
+from awm_jax import checkpoint, masks, metrics, models, warps
+from awm_jax.command import changes, jobs, main, normalisation
 from awm_jax.defences import Status, awm_steps
+from awm_jax.defences.survey import Survey
+from awm_jax.detection import Findings
 from awm_jax.types import Batch
 
 
@@ -144,7 +146,9 @@ def test_scan_writes_a_report_and_never_over_what_is_none(desk, tmp_path, capsys
     report = json.loads((desk / "scan.json").read_text())
     assert report["verdict"]["level"] in ("suspicious", "unclear", "clean-looking")
     assert "after" not in report["clean"] and "defence" not in report
-    assert len(report["scan"]["damage"]) == 4 and len(report["flips"]) == 5
+    assert len(report["scan"]["damage"]) == 4 and len(report["flips"]) == 6
+    assert report["flips"][-1]["name"] == "warp"
+    assert "what it changes in the image" in (desk / "scan.html").read_text()
     assert report["verdict"]["level"] in capsys.readouterr().out
     (tmp_path / "mine.json").write_text('{"precious": 1}')
     assert main([*argv[:-1], str(tmp_path / "mine.html")]) == 2
@@ -237,3 +241,31 @@ def test_normalisation_is_told_by_what_the_network_then_says(tiny):
     np.testing.assert_allclose(
         models.apply(normalisation.with_known(tiny, "half"), images),
         models.apply(tiny, (images - 0.5) / 0.5), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("bent, first", [(0.9, "warp"), (0.1, "trigger towards class 3")])
+def test_changes_are_shown_with_the_suspects_first(tiny, desk, bent, first):
+    """What each does is counted by hand, and its picture is what it makes of the image."""
+    rng = np.random.default_rng(0)
+    images = _images(desk).images
+    survey = Survey(rng.normal(size=(4, 8, 8, 3)).astype(np.float32), np.arange(4.0),
+                    rng.normal(size=(8, 8, 3)).astype(np.float32), np.array(0.5), np.array(1.0),
+                    rng.uniform(-0.7, 0.7, (6, 6, 2)).astype(np.float32),
+                    np.array([0, bent, 0, 0]), np.array(9.0))
+    findings = Findings(survey, np.zeros(4), np.zeros((8, 8, 3), np.float32), *np.zeros(3))
+    every = changes.of(findings)
+    assert next(iter(every)) == first and len(every) == 6
+    bend = np.asarray(warps.bend(jnp.asarray(images), jnp.asarray(survey.warp)))
+    own, moved = (metrics.predict(tiny, x) for x in (images, bend))
+    rows = {row["name"]: row for row in changes.flips(images, every, tiny, None)}
+    assert rows["warp"]["before"] == pytest.approx((own != moved).mean())
+    assert rows["warp"]["after"] is None
+    added = np.clip(images + survey.triggers[3], 0, 1)
+    both = {row["name"]: row for row in changes.flips(images, every, tiny, tiny)}
+    expected = (own != metrics.predict(tiny, added)).mean()
+    towards = both["trigger towards class 3"]
+    assert [towards["before"], towards["after"]] == pytest.approx([expected] * 2)
+    shown = changes.pictures(images[0], every)
+    np.testing.assert_allclose(shown["the image with the warp"], bend[0], atol=1e-6)
+    np.testing.assert_allclose(shown["the image with the trigger towards class 3"], added[0])
+    assert len(shown) == 13

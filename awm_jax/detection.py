@@ -56,7 +56,7 @@ class Findings(NamedTuple):
         """One number to rank networks by, >= 0: from 1 on, something stands out.
 
         The largest of ``log lead / log 1.35`` (one class), ``.15 / stay`` where a dispersal keeps
-        classes apart (``kept > .5``), and ``min(bent / .5, strain / 4)``, for a warp that changes
+        classes apart (``kept > .5``), and ``min(bent / .5, strain / 3.5)``, for a warp that changes
         the share bent of the answers, by strain nats.
         """
         apart = float(self.survey.kept) > KEEPS_ABOVE

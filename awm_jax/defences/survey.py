@@ -21,8 +21,8 @@ KEEPS_ABOVE = 0.5
 # nine searches, 1.02 to 1.29; l0-inv on CIFAR-10, one of whose three dispersals came to .148, 2.9.
 LEADS_BELOW = 2.0
 LEAST_DAMAGE = 1e-6  # nats: smaller ones are taken as this
-# A warp changed .80 to .98 of the answers of two networks with WaNet's backdoor by 5.4 to 12.6 nats
-# (five draws, ten searches), of five others .12 to .58 by .3 to 2.1 (nine draws, 18 searches).
+# A warp changed .67 to .98 of the answers of two networks with WaNet's backdoor by 4.5 to 12.6 nats
+# (five draws, 13 searches), of four others .12 to .58 by .3 to 2.1 (nine draws, 18 searches).
 BENT_ABOVE = 0.5
 BENDS_ABOVE = 3.5
 _DISPERSAL_STEPS = 100

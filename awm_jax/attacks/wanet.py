@@ -156,7 +156,7 @@ def wanet_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: in
       ValueError: a target was given.
 
     Example:
-      >>> wanet_a2a(jax.random.key(0), (32, 32, 3), 10).relabel(np.array([9])).tolist()
+      >>> wanet_a2a(jax.random.key(0), (32, 32, 3), 10).relabel(jnp.array([9])).tolist()
       [0]
 
     Reference: Nguyen & Tran 2021, section 4.1; AWM paper, Table 3.

@@ -20,8 +20,8 @@ def _settings(**chosen):
 def _problem(params, batch, settings):
     images, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
     images = images.astype(jax.tree.leaves(params.weights)[0].dtype)
-    return awm_steps._problem(params, images, labels, labels, jnp.zeros((1, *SHAPE)),
-                              jnp.array(-1), settings)
+    return awm_steps._problem(params, images, labels, labels, awm_steps.init(params, settings),
+                              settings)
 
 
 @pytest.mark.parametrize("variant, changed", [
@@ -48,7 +48,8 @@ def test_the_penalised_step_follows_the_slope_of_loss_plus_norm(tiny64, tiny_bat
         return losses.cross_entropy(models.apply(tiny64, images + d[None]), labels) + jnp.sqrt(
             (d**2).sum())
 
-    moved = problem.ascend(jax.random.key(0), jnp.array(0), delta, (masks, None)) - delta
+    ahead, _ = problem.ascend(jax.random.key(0), jnp.array(0), (delta, None), (masks, None))
+    moved = ahead - delta
     slope = (objective(delta + 1e-6 * along) - objective(delta - 1e-6 * along)) / 2e-6
     np.testing.assert_allclose((moved * along).sum(), 0.5 * slope, rtol=1e-5)
 
@@ -56,15 +57,16 @@ def test_the_penalised_step_follows_the_slope_of_loss_plus_norm(tiny64, tiny_bat
 def test_the_first_penalised_step_starts_at_zero_and_stays_finite(tiny, tiny_batch):
     problem = _problem(tiny, tiny_batch, _settings(variant="l2_reg_nc"))
     masks = awm_steps.masking.init(tiny.weights)
-    moved = problem.ascend(jax.random.key(0), jnp.array(0), jnp.zeros(SHAPE), (masks, None))
+    moved, _ = problem.ascend(jax.random.key(0), jnp.array(0), (jnp.zeros(SHAPE), None),
+                              (masks, None))
     assert bool(jnp.isfinite(moved).all()) and float(jnp.abs(moved).max()) > 0
 
 
 @pytest.mark.parametrize("variant, norm, expected", [
     ("paper", 1, 62.5), ("l2_reg", 2, 250.0), ("no_clip", 1, 192000.0)])
 def test_the_bound_of_a_large_trigger(tiny, tiny_batch, variant, norm, expected):
-    settled = _problem(tiny, tiny_batch, _settings(variant=variant)).settle(
-        jnp.array(0), jnp.full(SHAPE, 1000.0))
+    settled, _ = _problem(tiny, tiny_batch, _settings(variant=variant)).settle(
+        jnp.array(0), (jnp.full(SHAPE, 1000.0), None))
     np.testing.assert_allclose(np.linalg.norm(np.ravel(settled), norm), expected, rtol=1e-6)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import models, projections, validate
-from awm_jax.defences import AWMConfig, awm_batches, awm_steps
+from awm_jax.defences import AWMConfig, awm_batches, awm_losses, awm_steps
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.base import finite_weights
 from awm_jax.defences.neural_cleanse import anomaly_index
@@ -105,7 +105,7 @@ def universal(key: jax.Array, params: Params, images: jax.Array, settings: Setti
     def step(delta, key):
         x, _ = awm_batches.minibatch(key, images, jnp.zeros(len(images)), settings)
         own = models.apply(params, x).argmax(axis=1)
-        gradient, _ = awm_steps.trigger_gradient(params, None, delta, x, own, clamp=True)
+        gradient, _ = awm_losses.trigger_gradient(params, None, delta, x, own, clamp=True)
         ahead = projections.l1_ball(delta + projections.unit(gradient), 2 * settings.taus[0])
         return jnp.clip(ahead, -1.0, 1.0), None
 

@@ -49,15 +49,19 @@ def field(warp: jax.Array, height: int, width: int) -> jax.Array:
     Returns:
       ``[..., H, W, 2]`` in [-1, 1].
 
+    Raises:
+      ValueError: another shape.
+
     Example:
       >>> field(jnp.full((2, 2, 2), .5), 3, 3)[1, 1].tolist()
       [0.5, 0.5]
 
     Reference: Nguyen & Tran 2021, "WaNet", section 3.2.
     """
-    knots = warp.shape[-2]
+    knots = warp.shape[-2] if warp.ndim >= 3 else 0
+    if knots < 2 or warp.shape[-3:] != (knots, knots, 2):
+        raise ValueError(f"Expected a warp of shape [..., k, k, 2] with k >= 2, got {warp.shape}.")
     rows, columns = (jnp.asarray(cubic(knots, n), warp.dtype) for n in (height, width))
-
     return jnp.clip(jnp.einsum("ik,jl,...klc->...ijc", rows, columns, warp), -1.0, 1.0)
 
 
@@ -73,6 +77,9 @@ def bend(images: jax.Array, warp: jax.Array) -> jax.Array:
     Returns:
       ``[B, H, W, C]``.
 
+    Raises:
+      ValueError: a warp of another shape, or not one for each image.
+
     Example:
       >>> row = jnp.arange(3.).reshape(1, 1, 3, 1)
       >>> bend(row, jnp.full((2, 2, 2), .5)).ravel().tolist()
@@ -80,6 +87,8 @@ def bend(images: jax.Array, warp: jax.Array) -> jax.Array:
 
     Reference: Jaderberg et al. 2015, "Spatial Transformer Networks", eq. 5.
     """
+    if warp.ndim == 4 and len(warp) != len(images):
+        raise ValueError(f"Expected one warp or {len(images)}, one an image, got {len(warp)}.")
     flow = field(warp if warp.ndim == 4 else warp[None], *images.shape[1:3])
     right, down = flow[..., :1], flow[..., 1:]
     above, below = _shifted(images, -1, 1), _shifted(images, 1, 1)
@@ -114,5 +123,8 @@ def ascend(warp: jax.Array, gradient: jax.Array, bound: float = BOUND) -> jax.Ar
     Example:
       >>> ascend(jnp.zeros((1, 1, 2)), jnp.array([[[3., -1.]]]), .5).tolist()
       [[[0.10000000149011612, -0.10000000149011612]]]
+
+    Reference: Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks",
+    section 2.1 (projected sign steps).
     """
     return jnp.clip(warp + bound / _STEPS_ACROSS * jnp.sign(gradient), -bound, bound)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from awm_jax import losses, masks, models, projections
+from awm_jax.defences import awm_losses, chunks
 from awm_jax.defences import awm_purify as awm
-from awm_jax.defences import awm_steps, chunks
 from awm_jax.defences.survey import log_odds
 from awm_jax.types import Arch
 
@@ -28,11 +28,11 @@ def test_trigger_and_mask_gradients_equal_finite_differences(tiny64, small_batch
         return losses.cross_entropy(models.apply(params, x + d[None], masks=m), y)
 
     def mask_loss(m):
-        return awm_steps.mask_loss(params, m, delta, x, y, settings)[0]
+        return awm_losses.mask_loss(params, m, delta, x, y, settings)[0]
 
     along = jnp.asarray(rng.normal(size=delta.shape))
     slope = (trigger_loss(delta + 1e-6 * along) - trigger_loss(delta - 1e-6 * along)) / 2e-6
-    gradient, _ = awm_steps.trigger_gradient(params, m, delta, x, y, clamp=False)
+    gradient, _ = awm_losses.trigger_gradient(params, m, delta, x, y, clamp=False)
     np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-4)
 
     along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), m)
@@ -58,14 +58,14 @@ def test_a_large_batch_in_parts_makes_the_same_mask_step(tiny64, monkeypatch, ow
               else jax.random.randint(keys[3], (24,), 0, classes))
     settings = awm.AWMConfig(variant="paper", epochs=2, gamma=0.01).resolve(24, (8, 8, 3))
     passes = []
-    whole_loss = awm_steps.mask_loss
+    whole_loss = awm_losses.mask_loss
 
     def watched(params, m, delta, images, *rest):
         passes.append(len(images))
         return whole_loss(params, m, delta, images, *rest)
 
-    monkeypatch.setattr(awm_steps, "mask_loss", watched)
-    found = jax.jit(lambda m: awm_steps._mask_gradient(tiny64, m, delta, x, target, settings, 0.8)
+    monkeypatch.setattr(awm_losses, "mask_loss", watched)
+    found = jax.jit(lambda m: awm_losses.mask_gradient(tiny64, m, delta, x, target, settings, 0.8)
                     )(m)
     assert set(passes) == {12}
     expected = jax.grad(
@@ -145,7 +145,7 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     tdelta = (tdelta + 10.0 * torch.autograd.grad(tloss, tdelta)[0]).detach()
     jx, jy = jnp.asarray(images), jnp.asarray(labels)
     delta = jnp.zeros((32, 32, 3), jnp.float64)
-    steepest = jax.jit(awm_steps.trigger_gradient, static_argnames="clamp")
+    steepest = jax.jit(awm_losses.trigger_gradient, static_argnames="clamp")
     delta = delta + 10.0 * steepest(params, jmasks, delta, jx, jy, clamp=False)[0]
     np.testing.assert_allclose(delta, tdelta[0].numpy().transpose(1, 2, 0), rtol=1e-6, atol=1e-12)
 
@@ -162,7 +162,7 @@ def test_one_trigger_step_one_mask_step_and_the_projection_equal_pytorch(x64):
     optimiser.step()
     settings = awm.AWMConfig(variant="paper").resolve(4, (32, 32, 3))
     (value, _), gradients = jax.jit(jax.value_and_grad(
-        lambda m: awm_steps.mask_loss(params, m, delta, jx, jy, settings), has_aux=True))(jmasks)
+        lambda m: awm_losses.mask_loss(params, m, delta, jx, jy, settings), has_aux=True))(jmasks)
     adam = optax.adam(0.01)
     updates, _ = adam.update(gradients, adam.init(jmasks), jmasks)
     jmasks = masks.clip(optax.apply_updates(jmasks, updates))
@@ -183,6 +183,6 @@ def test_gradient_towards_a_class_equals_finite_differences(tiny64, small_batch)
         return log_odds(models.apply(params, x + d[None], masks=m), 3)
 
     slope = (value(delta + 1e-5 * along) - value(delta - 1e-5 * along)) / 2e-5
-    gradient, _ = awm_steps.trigger_gradient(params, m, delta, x, jnp.zeros(len(x), jnp.int32),
+    gradient, _ = awm_losses.trigger_gradient(params, m, delta, x, jnp.zeros(len(x), jnp.int32),
                                              clamp=False, towards=(jnp.array(True), jnp.array(3)))
     np.testing.assert_allclose((gradient * along).sum(), slope, rtol=1e-5)

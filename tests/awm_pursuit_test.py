@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from awm_jax import losses, models, warps
+from awm_jax.defences import awm_losses, awm_steps
 from awm_jax.defences import awm_purify as awm
-from awm_jax.defences import awm_steps
 from awm_jax.defences.survey import Survey, dispersal, log_odds
 
 
@@ -116,8 +116,8 @@ def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch
         used.append(float(alpha))
         return original(params, m, delta, x, target, settings, alpha)
 
-    original = awm_steps.mask_loss
-    monkeypatch.setattr(awm_steps, "mask_loss", mask_loss)
+    original = awm_losses.mask_loss
+    monkeypatch.setattr(awm_losses, "mask_loss", mask_loss)
     for suspect in (1, 4):
         state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0]))
         problem = awm_steps._problem(tiny, images, labels, None,
@@ -193,8 +193,8 @@ def test_masks_see_bent_images(tiny, small_batch, monkeypatch):
         seen.append((x, delta))
         return original(params, m, delta, x, *rest)
 
-    original = awm_steps.mask_loss
-    monkeypatch.setattr(awm_steps, "mask_loss", mask_loss)
+    original = awm_losses.mask_loss
+    monkeypatch.setattr(awm_losses, "mask_loss", mask_loss)
     warp, delta = jnp.full((6, 6, 2), 0.5), jnp.full((8, 8, 3), 0.125)
     state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0], bent=(0.9, 0, 0, 0)))
     state = state._replace(triggers=state.triggers.at[:].set(delta),

@@ -13,7 +13,7 @@ import pytest
 from awm_test import _forbid_compilation
 
 from awm_jax import checkpoint, purify, sweep
-from awm_jax.defences import DEFENCES, AWMConfig, awm_rows, awm_steps, rows
+from awm_jax.defences import DEFENCES, AWMConfig, awm_losses, awm_rows, awm_steps, rows
 from awm_jax.defences.survey import Survey
 from awm_jax.types import Batch, Params
 from experiments import cli, defending, hosts, merge, oneshot, sweeping
@@ -192,7 +192,7 @@ def test_all_that_a_run_needs_is_kept(one_block, tmp_path):
         return rng.normal(size=(3, *leaf.shape)).astype(leaf.dtype)
 
     state, survey = jax.tree.map(many, (state, survey))
-    history = awm_steps.AWMInfo(*rng.random((6, 3, 1), np.float32))
+    history = awm_losses.AWMInfo(*rng.random((6, 3, 1), np.float32))
     progress = awm_rows._Progress(state, survey, history)
     awm_rows._save(tmp_path / "state", ["a", "b", "c"], 1, progress)
     asked = [rows.Row(None, 0, 0, None, name) for name in "xcab"]

@@ -66,6 +66,15 @@ def test_steps_stay_within_the_bound_and_reach_it():
     np.testing.assert_array_equal(warps.ascend(warp, 0 * gradient, 0.5), warp)
 
 
+@pytest.mark.parametrize("shape, words", [
+    ((6, 5, 2), "6, 5, 2)"), ((1, 1, 2), "1, 1, 2)"), ((4, 4, 3), "4, 4, 3)"),
+    ((3, 4, 4, 2), "got 3")])
+def test_other_shapes_are_refused(shape, words):
+    with pytest.raises(ValueError, match="Expected") as error:
+        warps.bend(jnp.zeros((2, 8, 8, 3)), jnp.zeros(shape))
+    assert words in str(error.value)
+
+
 def test_wanets_own_warps_lie_within_the_bound():
     for seed in range(5):
         moved = warping_grid(jax.random.key(seed), 32, 32) - identity(32, 32)

@@ -28,6 +28,7 @@ _MILDER = (0.95, 0.98)  # alphas to try after the default, where they are above 
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
 
+
 @dataclasses.dataclass(frozen=True)
 class Purification:
     """What a purification came to.

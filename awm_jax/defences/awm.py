@@ -15,9 +15,11 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     """`awm_steps.run`, with the masks multiplied in."""
     settings = config.resolve(len(images), params.arch.image_shape)
     state, history = awm_steps.run(key, params, images, labels, settings)
+    last = settings.epochs - 1 if settings.replay else 0
+    # Where the suspect answers to a warp, nothing is added: the warp is what was found.
+    warp = {} if state.warps is None else {"warp": state.warps[last]}
     return awm_steps.network(params, state), {
-        "masks": state.masks, "history": history._asdict(),
-        "trigger": state.triggers[settings.epochs - 1 if settings.replay else 0]}
+        "masks": state.masks, "history": history._asdict(), "trigger": state.triggers[last], **warp}
 
 
 def _awm(name: str, variant: str, paper: str, ablation: bool = False) -> Defence:

@@ -10,7 +10,8 @@ import numpy as np
 from awm_jax import validate
 from awm_jax.defences import awm_batches, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
-from awm_jax.defences.awm_steps import AWMInfo, AWMState
+from awm_jax.defences.awm_losses import AWMInfo
+from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.base import Status, agreement, finite_weights, warn_if_wrong
 from awm_jax.defences.survey import Survey
 from awm_jax.types import Batch, Masks, Params

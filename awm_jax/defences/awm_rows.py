@@ -12,7 +12,8 @@ import numpy as np
 from awm_jax import checkpoint, sweep
 from awm_jax.defences import awm_batches, awm_purify, awm_steps
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.awm_steps import AWMInfo, AWMState
+from awm_jax.defences.awm_losses import AWMInfo
+from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.rows import Group, Row, Stacked, supplies, tree_of
 from awm_jax.defences.survey import Survey
 

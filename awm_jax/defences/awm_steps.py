@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from awm_jax import bilevel, losses, models, projections, warps
+from awm_jax import bilevel, models, projections, warps
 from awm_jax import masks as masking
-from awm_jax.defences import awm_batches, awm_spare, chunks, recalibrate
+from awm_jax.defences import awm_batches, awm_losses, awm_spare, recalibrate
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.survey import Survey, objective, survey
+from awm_jax.defences.awm_losses import AWMInfo
+from awm_jax.defences.survey import Survey, survey
 from awm_jax.types import Masks, Params
-
-_PART = 16  # images of a mask step whose activations a CPU holds at once
 
 
 class AWMState(NamedTuple):
@@ -43,113 +42,6 @@ class AWMState(NamedTuple):
     suspect: jax.Array
     bends: jax.Array
     batch_stats: Any
-
-
-class AWMInfo(NamedTuple):
-    """What is only logged, one value an epoch (means over its mask steps).
-
-    Args:
-      clean_loss: loss on clean images.
-      trigger_loss: loss on the same images with the trigger.
-      clean_agreement: share of clean images on which the network gives what it should, in [0, 1].
-      trigger_agreement: the same with the trigger.
-      mask_mean: mean mask value, in [0, 1].
-      trigger_l1: L1 norm of the triggers in the batch, their mean.
-    """
-
-    clean_loss: jax.Array
-    trigger_loss: jax.Array
-    clean_agreement: jax.Array
-    trigger_agreement: jax.Array
-    mask_mean: jax.Array
-    trigger_l1: jax.Array
-
-
-def trigger_gradient(params: Params, masks: Masks | None, delta: jax.Array, images: jax.Array,
-                     labels: jax.Array, *, clamp: bool,
-                     towards: tuple[jax.Array, jax.Array] | None = None,
-                     warp: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-    """``d/d(delta, w)  mean CE(f(bend(x, w) + delta; m * w), y)``.
-
-    Args:
-      params: the network.
-      masks: weight masks, or None for the network as it is.
-      delta: ``[H, W, C]`` the trigger.
-      images: ``[B, H, W, C]`` in [0, 1].
-      labels: ``[B]`` what the trigger moves predictions away from.
-      clamp: clip ``x + delta`` to [0, 1].
-      towards: ``(whether, suspect)``, scalars: if true, the gradient of `survey.objective` for that
-        suspect instead.
-      warp: ``[k, k, 2]`` pixels; None for no bending.
-
-    Returns:
-      ``[H, W, C]``, and ``[k, k, 2]`` or None.
-    """
-
-    def loss(delta, warp):
-        bent = images if warp is None else warps.bend(images, warp)
-        logits = models.apply(params, _add(bent, delta, clamp), masks=masks)
-        away = losses.cross_entropy(logits, labels)
-        if towards is None:
-            return away
-        return jnp.where(towards[0], objective(logits, towards[1], labels), away)
-
-    return jax.grad(loss, argnums=(0, 1))(delta, warp)
-
-
-def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
-              target: jax.Array, settings: Settings,
-              alpha: jax.Array | float | None = None) -> tuple[jax.Array, AWMInfo]:
-    """``alpha L(f(x; m*w), t) + (1-alpha) L(f(x+delta; m*w), t) + gamma ||m||_1`` (eq. 4.4).
-
-    Two passes, not one over both: on a CPU a batch of 32 takes a fifth longer than two of 16,
-    whose buffers stay in the cache.
-
-    Args:
-      params: the network.
-      masks: weight masks.
-      delta: ``[H, W, C]`` the trigger, or ``[B, H, W, C]`` one an image.
-      images: ``[B, H, W, C]`` in [0, 1].
-      target: ``[B]`` labels or ``[B, c]`` probabilities.
-      settings: ``alpha``, ``gamma`` and ``clamp_outer``.
-      alpha: a scalar instead of ``settings.alpha``.
-    """
-    clean = models.apply(params, images, masks=masks)
-    triggered = models.apply(params, _add(images, delta, settings.clamp_outer), masks=masks)
-    loss = losses.cross_entropy if target.ndim == 1 else losses.soft_cross_entropy
-    clean_loss, trigger_loss = loss(clean, target), loss(triggered, target)
-    norm = masking.l1(masks)
-    share = jnp.asarray(settings.alpha if alpha is None else alpha, clean_loss.dtype)
-    total = share * clean_loss + (1 - share) * trigger_loss + settings.gamma * norm
-    wanted = target if target.ndim == 1 else target.argmax(axis=1)
-    info = AWMInfo(
-        clean_loss, trigger_loss, (clean.argmax(axis=1) == wanted).mean(),
-        (triggered.argmax(axis=1) == wanted).mean(), norm / masking.size(masks),
-        projections.l1_norm(delta) / (len(images) if delta.ndim == 4 else 1),
-    )
-    return total, info
-
-
-def _mask_gradient(params, masks, delta, images, target, settings, alpha):
-    """The gradient of `mask_loss` and its info; on a CPU a large batch in parts, to save memory.
-
-    BatchNorm's statistics rest, so the parts make the same step.
-    """
-    def slopes(images, target, *own):
-        def loss(m):
-            m = awm_spare.held(m, params.arch) if settings.spared else m
-            return mask_loss(params, m, own[0] if own else delta, images, target, settings, alpha)
-
-        return jax.grad(loss, has_aux=True)(masks)
-
-    each = (images, target, delta) if delta.ndim == 4 else (images, target)
-    return chunks.mean(slopes, each, _PART if jax.default_backend() == "cpu" else len(images))
-
-
-def _add(images: jax.Array, delta: jax.Array, clamp: bool) -> jax.Array:
-    """Triggered images, from one trigger or one an image."""
-    images = images + (delta[None] if delta.ndim == 3 else delta)
-    return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
 # Its rate is `_rate`.
@@ -235,8 +127,8 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
         towards = (pursues(epoch) & ~state.bends, suspect) if settings.pursuit else None
-        gradient, slope = trigger_gradient(params, masks, delta, x, y, clamp=settings.clamp_inner,
-                                           towards=towards, warp=warp)
+        gradient, slope = awm_losses.trigger_gradient(
+            params, masks, delta, x, y, clamp=settings.clamp_inner, towards=towards, warp=warp)
         if settings.l2_weight:  # the slope of ||d||_2, none at zero
             gradient = gradient + settings.l2_weight * projections.unit(delta)
         if settings.normalised:
@@ -269,7 +161,8 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
         if settings.objective == "distil":
             target = jax.nn.softmax(models.apply(params, x))
 
-        gradients, info = _mask_gradient(params, masks, delta, x, target, settings, alpha)
+        gradients, info = awm_losses.mask_gradient(params, masks, delta, x, target, settings,
+                                                   alpha)
         directions, opt_state = _ADAM.update(gradients, opt_state, masks)
         rate = _rate(epoch, all_to_all | state.bends, settings)
         stepped = masking.clip(jax.tree.map(lambda m, d: m - rate * d, masks, directions))

@@ -9,7 +9,8 @@ import pytest
 
 from awm_jax import attacks
 from awm_jax.attacks import Trigger
-from awm_jax.defences import AWMConfig
+from awm_jax.defences import AWMConfig, awm_config
+from awm_jax.defences import survey as surveys
 from awm_jax.defences.survey import Survey
 from experiments import defending, known_trigger
 
@@ -50,6 +51,10 @@ def test_both_ways_from_the_same_images(tiny_dataset, monkeypatch, capsys):
         return real(params, batch, config=config, key=key, survey=survey)
 
     monkeypatch.setattr(known_trigger, "purify", purify)
+    # The search need not find anything here.
+    monkeypatch.setitem(awm_config.VARIANTS["distilled"], "survey_steps", 10)
+    monkeypatch.setattr(surveys, "_DISPERSAL_STEPS", 2)
+    monkeypatch.setattr(surveys, "_WARP_STEPS", 2)
     monkeypatch.setattr(defending, "config", lambda *_: AWMConfig(
         epochs=1, inner_steps=1, outer_steps=1))
     out = tiny_dataset / "run"

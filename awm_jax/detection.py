@@ -57,7 +57,8 @@ class Findings(NamedTuple):
 
         The largest of ``log lead / log 1.35`` (one class), ``.15 / stay`` where a dispersal keeps
         classes apart (``kept > .5``), and ``min(bent / .5, strain / 3.5)``, for a warp that changes
-        the share bent of the answers, by strain nats.
+        the share bent of the answers, by strain nats; by 1.25 instead of 3.5 where no class gets a
+        fifth of them, and ``lead < 2``.
         """
         apart = float(self.survey.kept) > KEEPS_ABOVE
         spread = STAYS_BELOW / max(float(self.survey.stay), 1e-6) if apart else 0.0

@@ -61,6 +61,15 @@ def test_a_warp_that_most_answers_follow_is_suspicious(bent, strain, score, leve
         assert "90%" in told.headline and "class 3" in told.headline
 
 
+def test_a_warp_that_scatters_answers_is_suspicious_sooner():
+    found = _findings([1.0, 1.0, 1.0, 1.0, 1.0, 0.5], strain=2.0)
+    found = found._replace(survey=found.survey._replace(bent=jnp.full(6, 0.1)))
+    told = verdict.of(found, 10)
+    assert found.score == pytest.approx(1.2)  # .6 / .5, below 2 / 1.25
+    assert told.level == "suspicious" and found.all_to_all and bool(found.survey.bends)
+    assert "60% of the images into one class or another" in told.headline
+
+
 def test_of_two_classes_a_warp_is_unclear_too():
     told = verdict.of(_findings([1.0, 1.0], bent=0.9, strain=9.0), 10)
     assert told.level == "unclear" and "the other class, but two classes" in told.headline

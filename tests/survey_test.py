@@ -127,6 +127,19 @@ def test_a_warp_is_suspected_where_most_answers_follow_it_far(bent, strain, susp
     assert (int(found.suspect), bool(found.bends)) == (suspect, bends)
 
 
+@pytest.mark.parametrize("bent, strain, second, bends", [
+    ([0.1] * 6, 1.3, 4.0, True), ([0.1] * 6, 1.2, 4.0, False),
+    ([0.08] * 6, 1.3, 4.0, False), ([0.1] * 4 + [0.2, 0.0], 1.3, 4.0, False),
+    ([0.1] * 6, 1.3, 2.0, False), ([0.1] * 6, 3.6, 2.0, True),
+])
+def test_a_warp_that_scatters_answers_need_not_drive_as_far(bent, strain, second, bends):
+    """But only where it moves most, none of the classes gets a fifth, and none stands out."""
+    damage = jnp.zeros(6).at[:3].set(jnp.array([1.0, 5.0, second]))
+    found = Survey(jnp.zeros((6, 2, 2, 1)), damage, jnp.zeros((2, 2, 1)), jnp.array(0.4),
+                   jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array(bent), jnp.array(strain))
+    assert (int(found.suspect), bool(found.bends)) == (6 if bends else 1, bends)
+
+
 @pytest.mark.parametrize("onto", ["one", "another"])
 def test_a_network_that_answers_to_a_warp_is_found(monkeypatch, onto):
     """Its answer is the bright quadrant; class 0, or the next one, where a fine grating is blurred.

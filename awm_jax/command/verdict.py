@@ -3,7 +3,7 @@
 import dataclasses
 
 from awm_jax import detection
-from awm_jax.defences.survey import BENDS_ABOVE, BENT_ABOVE
+from awm_jax.defences.survey import BENDS_ABOVE, BENT_ABOVE, SCATTERS_ABOVE
 from awm_jax.detection import Findings
 
 UNCLEAR = 0.5  # of the score, from which on a network is not called clean-looking
@@ -68,7 +68,7 @@ def of(findings: Findings, count: int) -> Verdict:
         f"{100 * float(findings.concentration):.0f}% of these into one class",
         f"under a smooth warp of less than a pixel {100 * float(survey.bent.sum()):.0f}% change "
         f"class, by {float(survey.strain):.1f} nats (thresholds {100 * BENT_ABOVE:g}% and "
-        f"{BENDS_ABOVE:g})",
+        f"{BENDS_ABOVE:g}, or {SCATTERS_ABOVE:g} where they scatter over classes)",
     )
     few = (f"Only {count} images were given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)

@@ -25,6 +25,11 @@ LEAST_DAMAGE = 1e-6  # nats: smaller ones are taken as this
 # (five draws, 13 searches), of four others .12 to .58 by .3 to 2.1 (nine draws, 18 searches).
 BENT_ABOVE = 0.5
 BENDS_ABOVE = 3.5
+# Of WaNet's all-to-all backdoor (one network, two draws) .67 and .69 moved by 1.9 and 2.0 nats, and
+# no class got more than .14 of these; of two CIFAR-10 networks without (four draws) one got .28 to
+# .52. Each image is driven no farther than to the next class, so the nats are fewer.
+SCATTERS_BELOW = 0.2
+SCATTERS_ABOVE = 1.25
 _DISPERSAL_STEPS = 100
 _WARP_STEPS = 40
 _LAST_BATCHES = 4  # that a dispersal and the warp are judged by
@@ -68,8 +73,13 @@ class Survey(NamedTuple):
     @property
     def bending(self) -> jax.Array:
         """By how many times the share of answers that the warp changes, and the nats by which it
-        does, exceed what is suspected; the smaller of the two."""
-        return jnp.minimum(self.bent.sum() / BENT_ABOVE, self.strain / BENDS_ABOVE)
+        does, exceed what is suspected; the smaller of the two.
+
+        Fewer nats are where the answers scatter over classes and no class stands out by a trigger.
+        """
+        scatters = (self.bent.max() < SCATTERS_BELOW * self.bent.sum()) & (self.lead < LEADS_BELOW)
+        nats = jnp.where(scatters, SCATTERS_ABOVE, BENDS_ABOVE)
+        return jnp.minimum(self.bent.sum() / BENT_ABOVE, self.strain / nats)
 
     @property
     def suspect(self) -> jax.Array:

@@ -80,7 +80,7 @@ def _maps() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Drops programs before the kernel's limit on maps: one worker alone came to it and crashed."""
+    """Drops programs well before the kernel's limit on maps, past which compiling crashes."""
     yield
     if _maps() > 30_000:  # of 65,530
         jax.clear_caches()

@@ -54,6 +54,10 @@ def trigger_gradient(params: Params, masks: Masks | None, delta: jax.Array, imag
 
     Returns:
       ``[H, W, C]``, and ``[k, k, 2]`` or None.
+
+    Example: `trigger_gradient(params, None, delta, images, labels, clamp=True)[0]`.
+
+    Reference: AWM paper, Algorithm 1, line 7; of the warp, `awm_jax.warps`.
     """
 
     def loss(delta, warp):
@@ -83,6 +87,13 @@ def mask_loss(params: Params, masks: Masks, delta: jax.Array, images: jax.Array,
       target: ``[B]`` labels or ``[B, c]`` probabilities.
       settings: ``alpha``, ``gamma`` and ``clamp_outer``.
       alpha: a scalar instead of ``settings.alpha``.
+
+    Returns:
+      The loss, a scalar, and `AWMInfo`.
+
+    Example: `mask_loss(params, masks, delta, images, labels, settings)[0]`.
+
+    Reference: AWM paper, eq. 4.4.
     """
     clean = models.apply(params, images, masks=masks)
     triggered = models.apply(params, _add(images, delta, settings.clamp_outer), masks=masks)

@@ -17,17 +17,19 @@ from awm_jax.types import Params
 # .03 to .05 (draws 0 to 2); six networks with one target or none, in 16 searches, with .22 to .55.
 STAYS_BELOW = 0.15
 KEEPS_ABOVE = 0.5
-# By how many times the first class's damage exceeded the second's: all-to-all, three networks in
-# nine searches, 1.02 to 1.29; l0-inv on CIFAR-10, one of whose three dispersals came to .148, 2.9.
+# By how many times the first class's damage exceeded the second's: all-to-all, four networks in
+# twelve searches, 1.02 to 1.37; l0-inv on CIFAR-10, one of whose three dispersals came to .148,
+# 2.9.
 LEADS_BELOW = 2.0
 LEAST_DAMAGE = 1e-6  # nats: smaller ones are taken as this
 # A warp changed .67 to .98 of the answers of two networks with WaNet's backdoor by 4.5 to 12.6 nats
-# (five draws, 13 searches), of four others .12 to .58 by .3 to 2.1 (nine draws, 18 searches).
+# (five draws, 13 searches), of four others .12 to .61 by .3 to 2.1 (nine draws, 22 searches).
 BENT_ABOVE = 0.5
 BENDS_ABOVE = 3.5
 # Of WaNet's all-to-all backdoor (one network, two draws) .67 and .69 moved by 1.9 and 2.0 nats, and
 # no class got more than .14 of these; of two CIFAR-10 networks without (four draws) one got .28 to
-# .52. Each image is driven no farther than to the next class, so the nats are fewer.
+# .52, and of one with an all-to-all patch but .11 to .23 moved (three). Each image is driven no
+# farther than to the next class, so the nats are fewer.
 SCATTERS_BELOW = 0.2
 SCATTERS_ABOVE = 1.25
 _DISPERSAL_STEPS = 100

@@ -103,7 +103,9 @@ def test_a_run_that_loses_the_images_is_stopped(desk, monkeypatch, tmp_path, cap
     assert "stopped in epoch 2 of 3: 50%" in capsys.readouterr().out
 
 
-def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch):
+@pytest.mark.parametrize("given, alphas", [
+    (None, [None, 0.95, 0.98]), (0.7, [0.7, 0.95, 0.98]), (0.95, [0.95, 0.98])])
+def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch, given, alphas):
     """Neither by the survey, which is then made anew and kept, nor by the masks."""
     labels = np.repeat(np.arange(4), 10)
     images = np.linspace(0, 1, 40, dtype=np.float32)[:, None, None, None]
@@ -120,10 +122,11 @@ def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch):
     accuracies = iter([1.0, 1.0, 0.9, 1.0, 0.9, 1.0, 0.9])  # held out, given, held out, ...
     monkeypatch.setattr(jobs, "_accuracy", lambda *args: next(accuracies))
     monkeypatch.setattr(jobs.awm_purify, "purify", purify)
-    args = types.SimpleNamespace(seed=0, epochs=None, flip=False)
+    args = types.SimpleNamespace(seed=0, epochs=None, alpha=given, flip=False)
     done = jobs._awm(suspect, types.SimpleNamespace(survey="of all images"), args)
-    assert asked == [(None, None), (0.95, "its own"), (0.98, "its own")]
+    assert asked == [*zip(alphas, [None, "its own", "its own"], strict=False)]
     assert "no alpha kept" in done.notes[-1] and len(held_out) == 20
+    assert done.notes[0].startswith(f"alpha {given or 'as usual'}: 100.0% -> 90.0% of 20")
 
 
 @pytest.mark.parametrize("each, held_out", [(10, 20), (9, 0), (11, 24)])
@@ -176,6 +179,7 @@ def test_scan_writes_a_report_and_never_over_what_is_none(desk, tmp_path, capsys
     ({"--defence": "pepper"}, ["ibau", "pepper"]),
     ({"--defence": "abl"}, ["ibau", "abl"]),
     ({"--defence": "clp", "--epochs": "3"}, ["--epochs", "clp"]),
+    ({"--defence": "clp", "--alpha": ".3"}, ["--alpha", "clp"]),
     ({"--normalise": "pepper"}, ["MEAN/STD", "imagenet", "0.485"]),
     ({"--normalise": ".5,.5/.2"}, ["MEAN/STD", "3 channels"]),
     ({"--normalise": ".5/0"}, ["STD above 0"]),
@@ -195,6 +199,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, wo
     assert err.count("\n") == 1 and err.startswith("awm-jax purify: error: ")
     assert all(word in err for word in words), err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["1.1", "-.1", "nan", "inf", "much"])
+def test_an_alpha_beyond_its_range_is_refused_at_once(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["purify", "net", "--images", "images", "--out", "out", f"--alpha={text}"])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "from 0 to 1" in err and text in err
 
 
 def _spoil(desk, folder):

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from awm_jax.command.options import FROM_THE_START, OneLine, image_size, positive, run, seed
+from awm_jax.command.options import FROM_THE_START, OneLine, image_size, positive, run, seed, share
 
 
 def _shared(p: argparse.ArgumentParser) -> None:
@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
                         help="what erases it (default: %(default)s, of which ten images suffice)")
     purify.add_argument("--epochs", type=positive,
                         help="epochs of the defence, where it counts any (default: its own)")
+    purify.add_argument("--alpha", type=share,
+                        help="weight of clean answers, 0 to 1, in a defence that has one: .7 "
+                        "erases more than AWM's usual .9 (of several triggers, say) and costs "
+                        "accuracy (default: its own)")
     return p
 
 

@@ -24,7 +24,7 @@ from awm_jax.report import figures, page
 from awm_jax.types import Arch, Batch, Params
 
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
-_MILDER = (0.95, 0.98)  # alphas to try after the default, where they are above it
+_MILDER = (0.95, 0.98)  # alphas to try after the first, where they are above it
 _FALL = 0.02  # of held-out accuracy that a purification may cost before a milder one is tried
 _STOP = 0.1  # share of the given images, and one image, that a run may lose before it ends
 
@@ -109,16 +109,16 @@ def _check_defence(name: str) -> None:
 
 
 def _config(args: argparse.Namespace, arch: Arch) -> Any:
-    """The defence's settings; ValueError where it cannot work on the network or counts no epochs.
-    """
+    """The defence's settings; ValueError where it cannot work on the network or has none such."""
     defence = DEFENCES[args.defence]
     defence.fits(arch)
-    if args.epochs is None:
-        return defence.default
-    if not hasattr(defence.default, "epochs"):
-        raise ValueError(f"Expected no --epochs beside --defence {defence.name}, which counts "
-                         "none.")
-    return dataclasses.replace(defence.default, epochs=args.epochs)
+    given = {name: value for name, value in (("epochs", args.epochs), ("alpha", args.alpha))
+             if value is not None}
+    for name in given:
+        if not hasattr(defence.default, name):
+            raise ValueError(f"Expected no --{name} beside --defence {defence.name}, which has "
+                             "none.")
+    return dataclasses.replace(defence.default, **given)
 
 
 def _report_path(given: pathlib.Path | None, beside: pathlib.Path, what: str) -> pathlib.Path:
@@ -197,8 +197,8 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
     notes: list[str] = []
     found = None
     before = _accuracy(suspect.params, suspect.batch, held_out) if len(held_out) else None
-    usual = AWMConfig().resolve(len(mine), suspect.params.arch.image_shape).alpha
-    alphas = (None, *[alpha for alpha in _MILDER if alpha > usual])
+    first = AWMConfig(alpha=args.alpha).resolve(len(mine), suspect.params.arch.image_shape).alpha
+    alphas = (args.alpha, *[alpha for alpha in _MILDER if alpha > first])
     for alpha in alphas:
         config = AWMConfig(epochs=args.epochs, flip=args.flip, alpha=alpha)
         ran = _run_awm(suspect, batch, survey, config, key, notes)
@@ -209,7 +209,7 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
         if before is None:
             break
         after = _accuracy(found.params, suspect.batch, held_out)
-        notes.append(f"alpha {alpha or 'as usual'}: {100 * before:.1f}% -> {100 * after:.1f}% of "
+        notes.append(f"alpha {_told(alpha)}: {100 * before:.1f}% -> {100 * after:.1f}% of "
                      f"{len(held_out)} held-out images")
         if after >= before - _FALL:
             break
@@ -227,6 +227,11 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
                         tuple(notes))
 
 
+def _told(alpha: float | None) -> str:
+    """The alpha of a run, for its notes."""
+    return "as usual" if alpha is None else str(alpha)
+
+
 def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMConfig,
              key: jax.Array, notes: list[str]) -> awm_purify.Purified:
     """One run with a bar; it ends where over a tenth of its images, and over one, were lost."""
@@ -241,7 +246,7 @@ def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMC
         now = _accuracy(awm_purify.network(suspect.params, state), batch, everything)
         bar[0].update(done, accuracy=now, **{k: latest[k] for k in ("clean_loss", "trigger_loss")})
         if round((before - now) * count) > max(1, _STOP * count):
-            notes.append(f"alpha {config.alpha or 'as usual'} stopped in epoch {done} of {total}: "
+            notes.append(f"alpha {_told(config.alpha)} stopped in epoch {done} of {total}: "
                          f"{100 * now:.0f}% of the given images got their class, before "
                          f"{100 * before:.0f}%; the masks are those of before")
             return True

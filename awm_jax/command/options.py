@@ -24,6 +24,17 @@ def seed(text: str) -> int:
                                      f"{text[:40]!r}")
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if 0 <= found <= 1:
+        return found
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text[:40]!r}")
+
+
 def image_size(text: str) -> tuple[int, int]:
     """'N' or 'HxW' as ``(height, width)``."""
     found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)

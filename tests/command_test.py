@@ -179,7 +179,7 @@ def test_scan_writes_a_report_and_never_over_what_is_none(desk, tmp_path, capsys
     ({"--defence": "pepper"}, ["ibau", "pepper"]),
     ({"--defence": "abl"}, ["ibau", "abl"]),
     ({"--defence": "clp", "--epochs": "3"}, ["--epochs", "clp"]),
-    ({"--defence": "clp", "--alpha": ".3"}, ["--alpha", "clp"]),
+    ({"--defence": "fst", "--alpha": ".3"}, ["--alpha=0.3", "fst", "awm"]),
     ({"--normalise": "pepper"}, ["MEAN/STD", "imagenet", "0.485"]),
     ({"--normalise": ".5,.5/.2"}, ["MEAN/STD", "3 channels"]),
     ({"--normalise": ".5/0"}, ["STD above 0"]),
@@ -199,6 +199,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, wo
     assert err.count("\n") == 1 and err.startswith("awm-jax purify: error: ")
     assert all(word in err for word in words), err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_epochs_and_alpha_reach_the_defence(tiny):
+    args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0)
+    found = jobs._config(args, tiny.arch)
+    assert (found.variant, found.epochs, found.alpha) == ("official", 2, 0.0)
 
 
 @pytest.mark.parametrize("text", ["1.1", "-.1", "nan", "inf", "much"])

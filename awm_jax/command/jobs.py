@@ -112,13 +112,18 @@ def _config(args: argparse.Namespace, arch: Arch) -> Any:
     """The defence's settings; ValueError where it cannot work on the network or has none such."""
     defence = DEFENCES[args.defence]
     defence.fits(arch)
-    given = {name: value for name, value in (("epochs", args.epochs), ("alpha", args.alpha))
-             if value is not None}
-    for name in given:
-        if not hasattr(defence.default, name):
-            raise ValueError(f"Expected no --{name} beside --defence {defence.name}, which has "
+    config = defence.default
+    if args.epochs is not None:
+        if not hasattr(config, "epochs"):
+            raise ValueError(f"Expected no --epochs beside --defence {defence.name}, which counts "
                              "none.")
-    return dataclasses.replace(defence.default, **given)
+        config = dataclasses.replace(config, epochs=args.epochs)
+    if args.alpha is not None:
+        if not isinstance(config, AWMConfig):  # another defence's alpha may be something else
+            raise ValueError(f"Expected no --alpha={args.alpha} beside --defence {defence.name}: "
+                             "it is AWM's. Leave it out, or choose --defence awm.")
+        config = dataclasses.replace(config, alpha=args.alpha)
+    return config
 
 
 def _report_path(given: pathlib.Path | None, beside: pathlib.Path, what: str) -> pathlib.Path:

@@ -250,10 +250,10 @@ def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
 def _surveyed(survey: Survey | None) -> dict:
     """What the survey says, without its triggers."""
     if survey is None:
-        return dict.fromkeys(("damage", "stay", "kept", "bent", "strain", "suspect"))
+        return dict.fromkeys(("damage", "stay", "kept", "bent", "strain", "again", "suspect"))
     return {"damage": survey.damage, "stay": survey.stay, "kept": survey.kept,
             "bent": survey.bent.sum(), "strain": survey.strain,
-            "suspect": int(survey.suspect)}
+            "again": survey.again, "suspect": int(survey.suspect)}
 
 
 def _percentages(found: Purified) -> dict[str, list[float]]:

@@ -75,6 +75,7 @@ def _rows(name: str, args: argparse.Namespace, dataset: Dataset) -> list[dict[st
             "anomaly": float(found.anomaly.max()), "all_to_all": found.all_to_all,
             "first": top, "stay": float(found.survey.stay), "kept": float(found.survey.kept),
             "bent": float(found.survey.bent.sum()), "strain": float(found.survey.strain),
+            "again": float(found.survey.again),
             "flips": float(found.flips), "concentration": float(found.concentration),
             "arrivals": float(found.arrivals)}]
 

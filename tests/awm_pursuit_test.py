@@ -20,12 +20,13 @@ def _settings(**overrides):
                          **overrides).resolve(6, (8, 8, 3))
 
 
-def _survey(damage, stay=0.5, bent=(0.0, 0.0, 0.0, 0.0)):
+def _survey(damage, stay=0.5, bent=(0.0, 0.0, 0.0, 0.0), elsewhere=0.0):
     """Its triggers are noise, its warp goes down and right everywhere."""
     rng = np.random.default_rng(0)
     triggers = jnp.asarray(rng.normal(size=(len(damage) + 1, 8, 8, 3)), jnp.float32)
     return Survey(triggers[:-1], jnp.asarray(damage), triggers[-1], jnp.array(stay), jnp.array(1.0),
-                  jnp.full((6, 6, 2), 0.25), jnp.asarray(bent), jnp.array(9.0))
+                  jnp.full((6, 6, 2), 0.25), jnp.asarray(bent), jnp.array(9.0), triggers[0],
+                  jnp.array(elsewhere))
 
 
 def test_every_second_trigger_pursues_the_suspect(tiny, small_batch):
@@ -74,6 +75,31 @@ def test_second_epoch_starts_from_the_worst_surveyed_trigger(tiny, small_batch):
         np.testing.assert_array_equal(start(*arguments), 0.0)
 
 
+def test_every_trigger_goes_for_a_class_with_several(tiny, small_batch):
+    """From the first epoch on, within four times the bound; both that were found are replayed."""
+    images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
+    settings = dataclasses.replace(_settings(inner_lr=0.5), taus=(0.5,))
+    found = _survey([1.0, 2.0, 9.0, 3.0], elsewhere=6.1)
+    state = awm_steps.init(tiny, settings, found)
+    assert bool(state.several) and int(state.suspect) == 2
+    both = [found.triggers[2], found.elsewhere]
+    np.testing.assert_array_equal(state.triggers[settings.epochs:], both * 2)
+    outer = (state.masks, state.opt_state)
+
+    def odds(epoch, several):
+        problem = awm_steps._problem(tiny, images, labels, None,
+                                     state._replace(several=jnp.array(several)), settings)
+        inner = jnp.zeros((8, 8, 3)), jnp.zeros((6, 6, 2))
+        for key in jax.random.split(jax.random.key(1), 4):
+            inner = problem.ascend(key, epoch, inner, outer)
+        size = float(jnp.abs(inner[0]).sum())
+        assert (size > 0.5 * 1.01) == several and size <= 4 * 0.5 * (1 + 1e-5)
+        return float(log_odds(models.apply(tiny, jnp.clip(images + inner[0][None], 0, 1)), 2))
+
+    for epoch in (0, 2):
+        assert odds(epoch, True) > odds(epoch, False)
+
+
 def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batch):
     """It disperses the answers within the epochs' own bound, from where the last one ended."""
     images = jnp.asarray(small_batch.images)
@@ -105,12 +131,14 @@ def test_every_trigger_goes_for_a_suspected_all_to_all_backdoor(tiny, small_batc
     assert 0 < float(jnp.abs(delta).sum()) <= 0.5 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("alpha, expected", [(None, (0.9, 0.5)), (0.7, (0.7, 0.7))])
-def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch, alpha,
-                                                  expected):
-    """Unless alpha was given: then it is what counts."""
+@pytest.mark.parametrize("images, alpha, expected", [
+    (6, None, (0.9, 0.5, 0.8)), (500, None, (0.95, 0.5, 0.8)), (6, 0.7, (0.7, 0.7, 0.7))])
+def test_triggered_images_weigh_more_where_there_is_more_to_erase(tiny, small_batch, monkeypatch,
+                                                                  images, alpha, expected):
+    """Against one trigger, all to all, several; unless alpha was given: then it is what counts."""
+    settings = awm.AWMConfig(batch_size=4, alpha=alpha).resolve(images, (8, 8, 3))
     images, labels = jnp.asarray(small_batch.images), jnp.asarray(small_batch.labels)
-    settings, used = _settings(alpha=alpha), []
+    used = []
 
     def mask_loss(params, m, delta, x, target, settings, alpha):
         used.append(float(alpha))
@@ -118,10 +146,10 @@ def test_images_that_carry_a_dispersal_weigh_more(tiny, small_batch, monkeypatch
 
     original = awm_losses.mask_loss
     monkeypatch.setattr(awm_losses, "mask_loss", mask_loss)
-    for suspect in (1, 4):
-        state = awm_steps.init(tiny, settings, _survey([1.0, 2.0, 9.0, 3.0]))
-        problem = awm_steps._problem(tiny, images, labels, None,
-                                     state._replace(suspect=jnp.array(suspect)), settings)
+    for found in (_survey([1.0, 2.0, 9.0, 3.0]), _survey([1.0, 2.0, 4.0, 3.0], stay=0.01),
+                  _survey([1.0, 2.0, 9.0, 3.0], elsewhere=6.1)):
+        state = awm_steps.init(tiny, settings, found)
+        problem = awm_steps._problem(tiny, images, labels, None, state, settings)
         problem.descend(jax.random.key(0), 0, (jnp.zeros((8, 8, 3)), jnp.zeros((6, 6, 2))),
                         (state.masks, state.opt_state))
     np.testing.assert_allclose(used, expected, rtol=1e-6)

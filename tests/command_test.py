@@ -262,18 +262,24 @@ def test_normalisation_is_told_by_what_the_network_then_says(tiny):
         models.apply(tiny, (images - 0.5) / 0.5), rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("bent, first", [(0.9, "warp"), (0.1, "trigger towards class 3")])
-def test_changes_are_shown_with_the_suspects_first(tiny, desk, bent, first):
+@pytest.mark.parametrize("bent, elsewhere, first", [
+    (0.9, 0.0, ["warp"]), (0.1, 0.0, ["trigger towards class 3", "trigger towards class 2"]),
+    (0.1, 4.1, ["trigger towards class 3", "trigger towards class 3, on other pixels"]),
+])
+def test_changes_are_shown_with_the_suspects_first(tiny, desk, bent, elsewhere, first):
     """What each does is counted by hand, and its picture is what it makes of the image."""
     rng = np.random.default_rng(0)
     images = _images(desk).images
     survey = Survey(rng.normal(size=(4, 8, 8, 3)).astype(np.float32), np.arange(4.0),
                     rng.normal(size=(8, 8, 3)).astype(np.float32), np.array(0.5), np.array(1.0),
                     rng.uniform(-0.7, 0.7, (6, 6, 2)).astype(np.float32),
-                    np.array([0, bent, 0, 0]), np.array(9.0))
+                    np.array([0, bent, 0, 0]), np.array(9.0),
+                    rng.normal(size=(8, 8, 3)).astype(np.float32), np.array(elsewhere))
     findings = Findings(survey, np.zeros(4), np.zeros((8, 8, 3), np.float32), *np.zeros(3))
     every = changes.of(findings)
-    assert next(iter(every)) == first and len(every) == 6
+    assert list(every)[:len(first)] == first and len(every) == 6 + (elsewhere > 0)
+    if elsewhere:
+        np.testing.assert_array_equal(every[first[1]].pattern, survey.elsewhere)
     bend = np.asarray(warps.bend(jnp.asarray(images), jnp.asarray(survey.warp)))
     own, moved = (metrics.predict(tiny, x) for x in (images, bend))
     rows = {row["name"]: row for row in changes.flips(images, every, tiny, None)}
@@ -287,4 +293,4 @@ def test_changes_are_shown_with_the_suspects_first(tiny, desk, bent, first):
     shown = changes.pictures(images[0], every)
     np.testing.assert_allclose(shown["the image with the warp"], bend[0], atol=1e-6)
     np.testing.assert_allclose(shown["the image with the trigger towards class 3"], added[0])
-    assert len(shown) == 13
+    assert len(shown) == 1 + 2 * len(every)

@@ -17,12 +17,13 @@ from awm_jax.detection import Findings
 from experiments import detection as experiment
 
 
-def _findings(damage, stay=0.5, kept=1.0, bent=0.0, strain=0.0):
+def _findings(damage, stay=0.5, kept=1.0, bent=0.0, strain=0.0, elsewhere=0.0):
     shape = (2, 2, 1)
     damage = jnp.asarray(damage)
     survey = Survey(jnp.zeros((len(damage), *shape)), damage, jnp.zeros(shape), jnp.array(stay),
                     jnp.array(kept), jnp.zeros((6, 6, 2)),
-                    jnp.zeros(len(damage)).at[-1].set(bent), jnp.array(strain))
+                    jnp.zeros(len(damage)).at[-1].set(bent), jnp.array(strain), jnp.zeros(shape),
+                    jnp.array(elsewhere))
     return Findings(survey, detection.signed_anomaly(damage), jnp.zeros(shape), jnp.array(0.9),
                     jnp.array(1.0), jnp.array(0.8))
 
@@ -68,6 +69,13 @@ def test_a_warp_that_scatters_answers_is_suspicious_sooner():
     assert found.score == pytest.approx(1.2)  # .6 / .5, below 2 / 1.25
     assert told.level == "suspicious" and found.all_to_all and bool(found.survey.bends)
     assert "60% of the images into one class or another" in told.headline
+
+
+@pytest.mark.parametrize("damage, elsewhere, told", [
+    ([1.0, 5.0, 0.5], 2.1, True), ([1.0, 5.0, 0.5], 1.6, False), ([1.0, 1.1, 0.5], 2.1, False)])
+def test_a_second_trigger_of_a_suspicious_network_is_told(damage, elsewhere, told):
+    reasons = verdict.of(_findings(damage, kept=0.2, elsewhere=elsewhere), 10).reasons
+    assert told == any(f"class 1 is still driven {elsewhere:.1f} times" in r for r in reasons)
 
 
 def test_of_two_classes_a_warp_is_unclear_too():

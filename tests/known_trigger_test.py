@@ -34,7 +34,8 @@ def test_a_told_survey_suspects_the_target_by_its_trigger():
     found = Survey(triggers=np.zeros((4, 2, 2, 1)), damage=np.array([3.0, 4.0, 1.0, 2.0]),
                    dispersal=np.zeros((2, 2, 1)), stay=np.array(0.0), kept=np.array(1.0),
                    warp=np.zeros((6, 6, 2)), bent=np.full(4, 0.24),
-                   strain=np.array(9.0))
+                   strain=np.array(9.0), elsewhere=np.zeros((2, 2, 1)),
+                   elsewhere_damage=np.array(0.0))
     assert int(found.suspect) == 4 and found.bends  # all to all, by a warp
     new = known_trigger.told(found, jnp.full((2, 2, 1), 0.5), 2)
     assert int(new.suspect) == 2 and not new.bends and float(new.trigger.min()) == 0.5

@@ -111,7 +111,7 @@ def test_only_a_dispersal_that_moves_all_and_keeps_classes_apart_is_suspected(
     """And that only where no class stands out."""
     found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, second]), jnp.zeros((2, 2, 1)),
                    jnp.array(stay), jnp.array(kept), jnp.zeros((6, 6, 2)), jnp.full(3, 0.1),
-                   jnp.array(9.0))
+                   jnp.array(9.0), jnp.zeros((2, 2, 1)), jnp.array(0.0))
     assert int(found.suspect) == suspect and float(found.lead) == pytest.approx(5 / second)
 
 
@@ -123,7 +123,7 @@ def test_a_warp_is_suspected_where_most_answers_follow_it_far(bent, strain, susp
     """Into the class that most get, or none where they go apart; before what is added."""
     found = Survey(jnp.zeros((3, 2, 2, 1)), jnp.array([1.0, 5.0, 2.0]), jnp.zeros((2, 2, 1)),
                    jnp.array(0.4), jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array(bent),
-                   jnp.array(strain))
+                   jnp.array(strain), jnp.zeros((2, 2, 1)), jnp.array(0.0))
     assert (int(found.suspect), bool(found.bends)) == (suspect, bends)
 
 
@@ -136,8 +136,50 @@ def test_a_warp_that_scatters_answers_need_not_drive_as_far(bent, strain, second
     """But only where it moves most, none of the classes gets a fifth, and none stands out."""
     damage = jnp.zeros(6).at[:3].set(jnp.array([1.0, 5.0, second]))
     found = Survey(jnp.zeros((6, 2, 2, 1)), damage, jnp.zeros((2, 2, 1)), jnp.array(0.4),
-                   jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array(bent), jnp.array(strain))
+                   jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array(bent), jnp.array(strain),
+                   jnp.zeros((2, 2, 1)), jnp.array(0.0))
     assert (int(found.suspect), bool(found.bends)) == (6 if bends else 1, bends)
+
+
+@pytest.mark.parametrize("elsewhere, bent, stay, several", [
+    (3.6, 0.0, 0.4, True), (3.4, 0.0, 0.4, False), (9.0, 0.3, 0.4, False), (9.0, 0.0, 0.1, False),
+])
+def test_several_triggers_are_suspected_where_other_pixels_drive_farther_than_to_the_next_class(
+        elsewhere, bent, stay, several):
+    """But of one class alone, neither a warp nor all to all. The next class's damage is 2."""
+    damage = jnp.array([1.0, 3.9, 2.0])
+    found = Survey(jnp.zeros((3, 2, 2, 1)), damage, jnp.zeros((2, 2, 1)), jnp.array(stay),
+                   jnp.array(0.9), jnp.zeros((6, 6, 2)), jnp.array([0.0, 0.3, bent]),
+                   jnp.array(9.0), jnp.zeros((2, 2, 1)), jnp.array(elsewhere))
+    assert float(found.again) == pytest.approx(elsewhere / 2)
+    assert bool(found.several) == several
+
+
+@pytest.mark.parametrize("strength, several", [(60.0, True), (10.0, False)])
+def test_a_second_trigger_is_found_on_other_pixels(monkeypatch, strength, several):
+    """Two pixels drive into class 2, one of them by 80 nats, and one into class 1, by 20."""
+    def apply(params, images, **_):
+        del params
+        grey = images[:, :, :, 2].reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4)
+        odds = jnp.eye(4)[2:3] * (80 * images[:, 0, 0, :1] + strength * images[:, 5, 6, :1])
+        return 20 * grey + odds + jnp.eye(4)[1:2] * 20 * images[:, 0, 7, :1]
+
+    monkeypatch.setattr(survey_module.models, "apply", apply)
+    images = jnp.zeros((4, 2, 4, 2, 4, 3)).at[
+        jnp.arange(4), jnp.arange(4) // 2, :, jnp.arange(4) % 2].set(0.5).reshape(4, 8, 8, 3)
+    images = images.at[..., 0].set(0.0)
+    params = Params({}, {}, Arch(name="small_vgg", num_classes=4, image_shape=(8, 8, 3)))
+    found = survey(jax.random.key(0), params, lambda _: images, steps=8, tau=1.0)
+    first, second = found.triggers[2], found.elsewhere
+    assert int(found.suspect) == 2 and bool(found.several) == several
+    assert first[0, 0, 0] > 0.9 and second[5, 6, 0] > 0.9
+    taken = jnp.abs(first).max(axis=-1) > 0.1
+    assert taken.any() and not (jnp.abs(second).max(axis=-1) * taken).any()
+    assert float(jnp.abs(second).sum()) <= 1 + 1e-5
+    own = apply(params, images).argmax(axis=1)
+    logits = apply(params, jnp.clip(images + second[None], 0, 1))
+    np.testing.assert_allclose(losses.cross_entropy(logits, own), found.elsewhere_damage,
+                               rtol=1e-5)
 
 
 @pytest.mark.parametrize("onto", ["one", "another"])
@@ -184,7 +226,9 @@ def test_bounds_damage_and_determinism(tiny, small_batch):
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a, b)
     own = models.apply(tiny, images).argmax(axis=1)
-    for delta, damage in zip(found.triggers, found.damage, strict=True):
+    each = zip([*found.triggers, found.elsewhere], [*found.damage, found.elsewhere_damage],
+               strict=True)
+    for delta, damage in each:
         logits = models.apply(tiny, jnp.clip(images + delta[None], 0, 1))
         np.testing.assert_allclose(losses.cross_entropy(logits, own), damage, rtol=1e-4)
     p = np.asarray(jax.nn.softmax(models.apply(

@@ -185,7 +185,7 @@ def test_all_that_a_run_needs_is_kept(one_block, tmp_path):
     arch = one_block.arch
     survey = Survey(*(np.zeros(shape, np.float32) for shape in (
         (arch.num_classes, *arch.image_shape), (arch.num_classes,), arch.image_shape, (), (),
-        (6, 6, 2), (arch.num_classes,), ())))
+        (6, 6, 2), (arch.num_classes,), (), arch.image_shape, ())))
     state = awm_steps.init(one_block, settings, jax.tree.map(jax.numpy.asarray, survey))
 
     def many(leaf):

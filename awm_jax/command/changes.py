@@ -39,6 +39,10 @@ def of(findings: Findings) -> dict[str, Change]:
     """
     survey, order = findings.survey, np.argsort(-np.asarray(findings.survey.damage))
     towards = {f"trigger towards class {c}": _added(survey.triggers[c]) for c in order[:3]}
+    if survey.several:
+        worst = f"trigger towards class {order[0]}"
+        both = {worst: towards[worst], f"{worst}, on other pixels": _added(survey.elsewhere)}
+        towards = both | towards
     apart = {"trigger that moves every class into another": _added(survey.dispersal)}
     away = {"trigger away from the network's own answers": _added(findings.universal)}
     bent = {"warp": Change(lambda images: warps.bend(images, jnp.asarray(survey.warp)), None)}

@@ -300,6 +300,7 @@ def _report(args: argparse.Namespace, suspect: Suspect, findings: Findings) -> d
                  "kept": float(survey.kept), "concentration": float(findings.concentration),
                  "bends": bool(survey.bends), "bent": float(survey.bent.sum()),
                  "strain": float(survey.strain),
+                 "again": float(survey.again), "several": bool(survey.several),
                  "universal_flips": float(findings.flips), "score": findings.score},
     }
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from awm_jax import detection
-from awm_jax.defences.survey import BENDS_ABOVE, BENT_ABOVE, SCATTERS_ABOVE
+from awm_jax.defences.survey import BENDS_ABOVE, BENT_ABOVE, SCATTERS_ABOVE, SEVERAL_ABOVE
 from awm_jax.detection import Findings
 
 UNCLEAR = 0.5  # of the score, from which on a network is not called clean-looking
@@ -57,7 +57,7 @@ def of(findings: Findings, count: int) -> Verdict:
     if len(survey.damage) <= _FEW_CLASSES and level == "suspicious":
         level = "unclear"
     headline = _headline(findings, level, first)
-    reasons = (
+    reasons: tuple[str, ...] = (
         f"score {findings.score:.2f} (from 1 on suspicious, below {UNCLEAR:g} clean-looking), the "
         f"first class's lead {findings.lead:.2f} (threshold {detection.LEADS_BY:g}) and anomaly "
         f"index {float(findings.anomaly.max()):.1f} standard deviations",
@@ -70,6 +70,12 @@ def of(findings: Findings, count: int) -> Verdict:
         f"class, by {float(survey.strain):.1f} nats (thresholds {100 * BENT_ABOVE:g}% and "
         f"{BENDS_ABOVE:g}, or {SCATTERS_ABOVE:g} where they scatter over classes)",
     )
+    if survey.several and findings.score >= 1:
+        reasons += (
+            f"without the pixels of that trigger class {first} is still driven "
+            f"{float(survey.again):.1f} times as far as the next (threshold {SEVERAL_ABOVE:g}): it "
+            "has several triggers, or one that covers much of the image; AWM gives triggered "
+            "images more weight",)
     few = (f"Only {count} images were given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)
 

@@ -41,10 +41,11 @@ class Settings:
       suspects: how many of the survey's most damaging triggers are replayed; the worst also starts
         the second epoch's search.
       pursuit: every second trigger goes for the survey's most damaging class, within this many
-        times tau; 0 for none.
+        times tau; 0 for none. Every one, where it suspects several triggers of that class.
       pursuit_start: the first epoch, counted from 0, that may do so.
       all_to_all_alpha: alpha where the survey suspects an all-to-all backdoor, which then is what
         every trigger goes for.
+      several_alpha: alpha where it suspects several triggers of one class, or a large one.
       bound: the norm that ``taus`` bound: ``'l1'``, ``'l2'`` or ``'none'`` (no bound).
       l2_weight: coefficient of the trigger's L2 norm in what the trigger phase maximises.
       copies: fixed randomly cropped (and flipped) copies of each image added beforehand.
@@ -81,6 +82,7 @@ class Settings:
     pursuit: float
     pursuit_start: int
     all_to_all_alpha: float
+    several_alpha: float
     bound: str
     l2_weight: float
     copies: int
@@ -91,7 +93,8 @@ _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": Fals
            "sparse": False, "clamp_inner": False, "augment": False, "replay": 0.0,
            "steady": False, "layers": "conv", "spare": False, "monotone": False,
            "survey_steps": 0, "suspects": 0, "pursuit": 0.0, "pursuit_start": 0,
-           "all_to_all_alpha": 0.0, "bound": "l1", "l2_weight": 0.0, "recalibration": 0}
+           "all_to_all_alpha": 0.0, "several_alpha": 0.0, "bound": "l1", "l2_weight": 0.0,
+           "recalibration": 0}
 
 _PAPER = {
     **_SHARED, "epochs": 100, "inner_steps": 10, "outer_steps": 10, "alpha": 0.9,
@@ -106,7 +109,7 @@ VARIANTS: dict[str, dict] = {
         "inner_target": "own", "normalised": True, "sparse": True, "clamp_inner": True,
         "clamp_outer": True, "augment": True, "replay": 0.75, "steady": True, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
-        "pursuit_start": 3, "all_to_all_alpha": 0.5,
+        "pursuit_start": 3, "all_to_all_alpha": 0.5, "several_alpha": 0.8,
     },
     "paper": _PAPER,
     "official": {
@@ -140,13 +143,15 @@ class AWMConfig:
       the worst of these classes again, within four times the bound. Where the survey suspects an
       all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
       given; where most answers follow a smooth warp of under a pixel (`awm_jax.warps`), every epoch
-      searches for such warps. Two rules keep erased what was erased: three quarters of the images
-      in a mask step carry an earlier trigger, and masks never rise. Convolutions at the first
-      resolution are masked against an all-to-all backdoor only: their filters serve every class,
-      and masking them against one target costs accuracy and erases little more. Naming ``layers``
-      masks just those.
+      searches for such warps. Where a class stands out on other pixels than its trigger's, too,
+      it has several triggers, of which the strongest alone would be erased, or one that covers much
+      of the image: every epoch searches for that class, and alpha is .8 unless it is given. Two
+      rules keep erased what was erased: three quarters of the images in a mask step carry an
+      earlier trigger, and masks never rise. Convolutions at the first resolution are masked against
+      an all-to-all backdoor only: their filters serve every class, and masking them against one
+      target costs accuracy and erases little more. Naming ``layers`` masks just those.
       16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all or warps.
-      From 500 images on alpha is .95, not .9, against one target.
+      From 500 images on alpha is .95, not .9, against one trigger.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -262,7 +267,7 @@ class AWMConfig:
             values["survey_steps"] = values["suspects"] = 0
             values["pursuit"] = 0.0
         if self.alpha is not None:
-            values["all_to_all_alpha"] = values["alpha"]
+            values["all_to_all_alpha"] = values["several_alpha"] = values["alpha"]
         height, width, _ = image_shape
         scale = (height * width / 1024) ** (0.5 if values["bound"] == "l2" else 1.0)
         values["taus"] = tuple(tau * scale for tau in values["taus"])

@@ -17,7 +17,7 @@ from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.rows import Group, Row, Stacked, supplies, tree_of
 from awm_jax.defences.survey import Survey
 
-TRACED = ("alpha", "all_to_all_alpha", "gamma", "taus", "inner_lr", "outer_lr")
+TRACED = ("alpha", "all_to_all_alpha", "several_alpha", "gamma", "taus", "inner_lr", "outer_lr")
 """Settings that may differ from row to row of one program; it computes with all of them."""
 
 Watch = Callable[[int, int, np.ndarray, AWMState, dict[str, float]], None]

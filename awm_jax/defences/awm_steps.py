@@ -29,6 +29,7 @@ class AWMState(NamedTuple):
         suspect answers to one; None without a survey.
       suspect: `Survey.suspect`, -1 without a survey.
       bends: `Survey.bends`, False without one.
+      several: `Survey.several`, False without one.
       batch_stats: the network's BatchNorm statistics; after every stretch of `epochs` they follow
         the masks, where the settings ask for it and no all-to-all backdoor is suspected.
     """
@@ -41,6 +42,7 @@ class AWMState(NamedTuple):
     warps: jax.Array | None
     suspect: jax.Array
     bends: jax.Array
+    several: jax.Array
     batch_stats: Any
 
 
@@ -92,17 +94,22 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     from the last one: away from the network's answers there are only its natural weaknesses, which
     are stronger. What such a trigger does is weak too, so the images that carry it weigh more.
 
+    Where it suspects several triggers of one class, every search goes for that class: once the
+    strongest is erased the others drive less far than what other classes have by nature, and among
+    triggers towards those they would not be erased.
+
     Where the suspect answers to a warp, every search is for a warp, away from the network's
     answers: these meet nothing else.
     """
     triggers, suspect = state.triggers, state.suspect
     all_to_all = suspect == params.arch.num_classes
     taus = jnp.asarray(settings.taus, jnp.float32)
-    alpha = jnp.where(all_to_all, settings.all_to_all_alpha, settings.alpha)
+    alpha = jnp.where(all_to_all, settings.all_to_all_alpha,
+                      jnp.where(state.several, settings.several_alpha, settings.alpha))
 
     def pursues(epoch):
         turn = (epoch % 2 == 1) & (epoch >= settings.pursuit_start) & (suspect >= 0)
-        return turn | all_to_all
+        return turn | all_to_all | state.several
 
     def bound(epoch):
         tau = taus[epoch % len(taus)]
@@ -195,8 +202,8 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     Args:
       params: the suspect network.
       settings: from `AWMConfig.resolve`.
-      found: from `look`; its most damaging triggers are replayed from the start, and the warp
-        before them where the suspect answers to it.
+      found: from `look`; its most damaging triggers are replayed from the start, the two of one
+        class where several are suspected, and the warp before them where the suspect answers to it.
     """
     layers = settings.layers
     if layers == "deep":  # a network without convolutions is masked as by 'conv'
@@ -204,10 +211,12 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     masks = masking.init(params.weights, layers)
     kept = settings.epochs if settings.replay else 1
     triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
-    bends, bent = jnp.array(False), None
+    bends, several, bent = jnp.array(False), jnp.array(False), None
     if found is not None:
-        suspect, bends = found.suspect, found.bends
+        suspect, bends, several = found.suspect, found.bends, found.several
         worst = found.triggers[jnp.argsort(-found.damage)[:settings.suspects]]
+        both = jnp.stack([worst[0], found.elsewhere])
+        worst = jnp.where(several, both[jnp.arange(len(worst)) % 2], worst)
         apart = jnp.where(bends, jnp.zeros_like(found.dispersal), found.dispersal)
         worst = jnp.where(bends | (suspect == len(found.damage)),
                           jnp.concatenate([apart[None], worst[:-1]]), worst)
@@ -215,7 +224,7 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
         bent = jnp.zeros((len(triggers), *found.warp.shape))
         bent = bent.at[settings.epochs].set(jnp.where(bends, found.warp, 0.0))
     return AWMState(masks, _ADAM.init(masks), jnp.zeros((), jnp.int32), jnp.array(True), triggers,
-                    bent, suspect, bends, params.batch_stats)
+                    bent, suspect, bends, several, params.batch_stats)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,

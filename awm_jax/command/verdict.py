@@ -72,10 +72,9 @@ def of(findings: Findings, count: int) -> Verdict:
     )
     if survey.several and findings.score >= 1:
         reasons += (
-            f"without the pixels of that trigger class {first} is still driven "
+            f"without the pixels of its trigger class {first} is still driven "
             f"{float(survey.again):.1f} times as far as the next (threshold {SEVERAL_ABOVE:g}): it "
-            "has several triggers, or one that covers much of the image; AWM gives triggered "
-            "images more weight",)
+            "has several triggers, or one that covers much of the image",)
     few = (f"Only {count} images were given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)
 

@@ -56,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
                         help="epochs of the defence, where it counts any (default: its own)")
     purify.add_argument("--alpha", type=share,
                         help="AWM's weight of clean answers, 0 to 1: less may erase more, of "
-                        "several triggers say, and costs accuracy (default: .9, from 500 images "
-                        "on .95; .5 where an all-to-all backdoor is suspected)")
+                        "several triggers say, and costs accuracy (default: .9; .8 against "
+                        "several triggers or a large one, .5 against an all-to-all backdoor)")
     return p
 
 

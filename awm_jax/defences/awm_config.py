@@ -123,10 +123,9 @@ VARIANTS: dict[str, dict] = {
     "l2_reg_nc": {**_PAPER, "bound": "none", "l2_weight": 1.0},
 }
 
-# Where images abound they say which weights clean answers need, and are given more say; batches of
-# 128 gained a quarter of a point for three times the time (docs/results.md).
+# Batches of 128 gained a quarter of a point for three times the time (docs/results.md).
 MANY = 500
-_WITH_MANY: dict[str, dict] = {"distilled": {"alpha": 0.95, "batch_size": 32}}
+_WITH_MANY: dict[str, dict] = {"distilled": {"batch_size": 32}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,6 @@ class AWMConfig:
       an all-to-all backdoor only: their filters serve every class, and masking them against one
       target costs accuracy and erases little more. Naming ``layers`` masks just those.
       16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all or warps.
-      From 500 images on alpha is .95, not .9, against one trigger.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,
       the batch sizes of Table 7. (Algorithm 1 prints a minus before the trigger's gradient and a
@@ -298,8 +296,8 @@ def constants(variant: str, num_images: int) -> dict[str, Any]:
       KeyError: no such variant; `AWMConfig` refuses it before, by name.
 
     Example:
-      >>> constants("distilled", 43)["alpha"], constants("distilled", 500)["alpha"]
-      (0.9, 0.95)
+      >>> constants("distilled", 499).get("batch_size"), constants("distilled", 500)["batch_size"]
+      (None, 32)
 
     Reference: AWM paper, appendix A; of ``'distilled'`` docs/results.md.
     """

@@ -34,10 +34,11 @@ BENDS_ABOVE = 3.5
 SCATTERS_BELOW = 0.2
 SCATTERS_ABOVE = 1.25
 # Without the pixels of its first trigger the most damaging class was driven, in times of what the
-# next class was with all pixels, 2.2 to 7.4 far on three networks with several triggers and 3.0 to
-# 3.6 on one with a watermark over the whole image, .5 to 1.7 on three with one patch (two draws
-# each, one of them also from 500 images). To miss several is worse than to press on with one.
-SEVERAL_ABOVE = 1.75
+# next class was with all pixels, 2.2 to 7.4 far on four networks with several triggers, 1.5 to 4.2
+# on five with one large trigger, .5 to 1.0 on two with a patch of 3x3, and .5 to .8 on four without
+# a backdoor (docs/results.md). A large trigger in two halves is told from several by nothing tried,
+# and needs pressing on, too: of l2-inv 22.6% were left where it was missed by 1.66.
+SEVERAL_ABOVE = 1.35
 _TAKEN_ABOVE = 0.1  # where a trigger changes a pixel by more, it has it
 _DISPERSAL_STEPS = 100
 _ELSEWHERE_STEPS = 40

@@ -74,7 +74,7 @@ def of(findings: Findings, count: int) -> Verdict:
         reasons += (
             f"without the pixels of its trigger class {first} is still driven "
             f"{float(survey.again):.1f} times as far as the next (threshold {SEVERAL_ABOVE:g}): it "
-            "has several triggers, or one that covers much of the image",)
+            "may have several triggers, or a large one",)
     few = (f"Only {count} images were given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)
 

@@ -143,12 +143,12 @@ class AWMConfig:
       all-to-all backdoor instead, every epoch searches for that, and alpha falls to .5 unless it is
       given; where most answers follow a smooth warp of under a pixel (`awm_jax.warps`), every epoch
       searches for such warps. Where a class stands out on other pixels than its trigger's, too,
-      it has several triggers, of which the strongest alone would be erased, or one that covers much
-      of the image: every epoch searches for that class, and alpha is .8 unless it is given. Two
-      rules keep erased what was erased: three quarters of the images in a mask step carry an
-      earlier trigger, and masks never rise. Convolutions at the first resolution are masked against
-      an all-to-all backdoor only: their filters serve every class, and masking them against one
-      target costs accuracy and erases little more. Naming ``layers`` masks just those.
+      it may have several triggers, of which the strongest alone would be erased, or a large one,
+      which wants more weight: every epoch searches for that class, and alpha is .8 unless it is
+      given. Two rules keep erased what was erased: three quarters of the images in a mask step
+      carry an earlier trigger, and masks never rise. Convolutions at the first resolution are
+      masked against an all-to-all backdoor only: their filters serve every class, and masking them
+      against one target costs accuracy and erases little more. Naming ``layers`` masks just those.
       16 epochs; half of them in, Adam's rate falls to a tenth, but not against all-to-all or warps.
     * ``'paper'``: Algorithm 1 and appendix A: true labels in both phases, steps along the plain
       gradient, one rescaling to ``tau`` = 1000, no clipping of images, 100 epochs of 10 + 10 steps,

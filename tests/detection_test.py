@@ -72,7 +72,7 @@ def test_a_warp_that_scatters_answers_is_suspicious_sooner():
 
 
 @pytest.mark.parametrize("damage, elsewhere, told", [
-    ([1.0, 5.0, 0.5], 2.1, True), ([1.0, 5.0, 0.5], 1.6, False), ([1.0, 1.1, 0.5], 2.1, False)])
+    ([1.0, 5.0, 0.5], 1.4, True), ([1.0, 5.0, 0.5], 1.3, False), ([1.0, 1.1, 0.5], 2.1, False)])
 def test_a_second_trigger_of_a_suspicious_network_is_told(damage, elsewhere, told):
     reasons = verdict.of(_findings(damage, kept=0.2, elsewhere=elsewhere), 10).reasons
     assert told == any(f"class 1 is still driven {elsewhere:.1f} times" in r for r in reasons)

@@ -19,11 +19,11 @@ from awm_jax import masks as masking
 from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
-from awm_jax.defences.awm_config import constants
+from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.defences.awm_purify import network
 from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.base import by_path
-from awm_jax.defences.survey import Survey
+from awm_jax.defences.survey import THRESHOLDS, Survey
 from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
 from awm_jax.types import Batch
@@ -100,12 +100,17 @@ def _value(name: str, field: str, text: str) -> Any:
 
 
 def fingerprint(name: str, args, dataset: Dataset) -> str:
-    """A name for a defence's settings: a release that changes them starts its cells afresh."""
+    """A name for a defence's settings: a release that changes them starts its cells afresh.
+
+    Of AWM what its variant fixes is part of them, and what its survey goes by, if it has one.
+    """
     chosen = config(name, args, dataset)
     fixed = ""
     if isinstance(chosen, AWMConfig):
-        count = dataset.num_classes if args.samples == "one-shot" else args.samples
-        fixed = str(sorted(constants(chosen.variant, count).items()))
+        constants = VARIANTS[chosen.variant]
+        fixed = str(sorted(constants.items()))
+        if constants["survey_steps"]:
+            fixed += str(THRESHOLDS)
     return hashlib.sha256(f"{chosen!r}{fixed}".encode()).hexdigest()[:8]
 
 

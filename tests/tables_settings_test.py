@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from awm_jax.defences import awm_config
 from awm_jax.defences.awm_config import VARIANTS
-from experiments import table_cells, tables
+from experiments import defending, table_cells, tables
 
 
 def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, monkeypatch):
@@ -30,11 +29,10 @@ def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, m
     assert len(cells) == 2  # the old one is still there for who wants it
 
 
-@pytest.mark.parametrize("samples, again", [("one-shot", False), ("499", False), ("500", True)])
-def test_what_is_fixed_for_many_images_is_a_setting_of_those(samples, again, monkeypatch):
-    cell = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "awm")
-    cell = cell._replace(samples=samples)
+@pytest.mark.parametrize("defence, again", [("awm", True), ("awm_paper", False)])
+def test_what_a_survey_goes_by_is_a_setting_of_what_has_one(defence, again, monkeypatch):
+    cell = next(c for c in table_cells.cells(("defences",), 1) if c.column.defence == defence)
     options = tables._parser().parse_args([])
     before = tables._fingerprint(cell, options)
-    monkeypatch.setitem(awm_config._WITH_MANY, "distilled", {"alpha": 0.7})
+    monkeypatch.setattr(defending, "THRESHOLDS", defending.THRESHOLDS[:-1])
     assert (tables._fingerprint(cell, options) != before) is again

@@ -124,8 +124,7 @@ VARIANTS: dict[str, dict] = {
 }
 
 # Batches of 128 gained a quarter of a point for three times the time (docs/results.md).
-MANY = 500
-_WITH_MANY: dict[str, dict] = {"distilled": {"batch_size": 32}}
+_LARGEST_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +251,7 @@ class AWMConfig:
         Returns:
           `Settings`, every constant of the run.
         """
-        values = constants(self.variant, num_images)
+        values: dict[str, Any] = dict(VARIANTS[self.variant])
         for name in ("epochs", "inner_steps", "outer_steps", "alpha", "gamma", "inner_lr",
                      "outer_lr", "replay", "l2_weight", "layers", "recalibration"):
             if getattr(self, name) is not None:
@@ -270,8 +269,8 @@ class AWMConfig:
         scale = (height * width / 1024) ** (0.5 if values["bound"] == "l2" else 1.0)
         values["taus"] = tuple(tau * scale for tau in values["taus"])
         total = num_images * (1 + self.copies)
-        batch_size = self.batch_size or values.get("batch_size") or (
-            32 if self.variant == "official" else table_7_batch_size(num_images))
+        usual = 32 if self.variant == "official" else table_7_batch_size(num_images)
+        batch_size = self.batch_size or (min(usual, _LARGEST_BATCH) if values["augment"] else usual)
         values["batch_size"] = batch_size if values["augment"] else min(batch_size, total)
         if self.variant == "official":
             steps = 5 * max(1, total // batch_size)
@@ -280,28 +279,6 @@ class AWMConfig:
         decay = values["epochs"] if self.variant == "official" else max(1, values["epochs"] // 2)
         return Settings(**values, decay_epoch=decay, flip=self.flip, copies=self.copies,
                         spared=False)
-
-
-def constants(variant: str, num_images: int) -> dict[str, Any]:
-    """What a variant fixes for so many clean images; a new dict.
-
-    Args:
-      variant: a key of `VARIANTS`.
-      num_images: clean images, >= 1.
-
-    Returns:
-      Fields of `Settings` by name, those left out that `AWMConfig.resolve` works out.
-
-    Raises:
-      KeyError: no such variant; `AWMConfig` refuses it before, by name.
-
-    Example:
-      >>> constants("distilled", 499).get("batch_size"), constants("distilled", 500)["batch_size"]
-      (None, 32)
-
-    Reference: AWM paper, appendix A; of ``'distilled'`` docs/results.md.
-    """
-    return VARIANTS[variant] | (_WITH_MANY.get(variant, {}) if num_images >= MANY else {})
 
 
 def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -35,10 +35,14 @@ SCATTERS_BELOW = 0.2
 SCATTERS_ABOVE = 1.25
 # Without the pixels of its first trigger the most damaging class was driven, in times of what the
 # next class was with all pixels, 2.2 to 7.4 far on four networks with several triggers, 1.4 to 4.2
-# on six with one large trigger, .5 to 1.3 on two with a patch of 4x4, and .5 to .8 on four without
+# on six with one large trigger, .5 to 1.6 on four with a small patch, and .5 to .8 on four without
 # a backdoor (docs/results.md). A large trigger needs pressing on as several do: of l2-inv 22.6%
-# were left where it was not taken for one, at 1.66. A small one pays a point where it is.
+# were left where it was not taken for one, at 1.66. A small one pays a point where it is, as in
+# two searches of sixteen.
 SEVERAL_ABOVE = 1.35
+# All that decides what a survey suspects, and so what AWM does.
+THRESHOLDS = (STAYS_BELOW, KEEPS_ABOVE, LEADS_BELOW, BENT_ABOVE, BENDS_ABOVE, SCATTERS_BELOW,
+              SCATTERS_ABOVE, SEVERAL_ABOVE)
 _TAKEN_ABOVE = 0.1  # where a trigger changes a pixel by more, it has it
 _DISPERSAL_STEPS = 100
 _ELSEWHERE_STEPS = 40
@@ -120,7 +124,7 @@ class Survey(NamedTuple):
     def several(self) -> jax.Array:
         """Whether the suspect is a class that stands out on other pixels than its trigger's, too.
 
-        It may have several triggers then, or a large one; of many images a small one, too.
+        It may have several triggers then, or a large one; now and then a small one does it, too.
         """
         single = ~self.bends & (self.suspect == self.damage.argmax())
         return single & (self.again > SEVERAL_ABOVE)

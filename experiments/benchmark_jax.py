@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import masks, models, training
-from awm_jax.defences import AWMConfig, awm_steps
+from awm_jax.defences import AWMConfig, awm_purify
 from awm_jax.types import Arch
 from experiments.benchmark_cells import Cell, Times, images_of
 
@@ -33,7 +33,7 @@ def purify(cell: Cell) -> Times:
     key = jax.random.key(0)
 
     def run(key, params, images, labels):
-        return awm_steps.run(key, params, images, labels, settings)[0].masks
+        return awm_purify.run(key, params, images, labels, settings)[0].masks
 
     if cell.job == "sweep":
         run = jax.vmap(run, in_axes=(0, None, None, None))

@@ -18,7 +18,7 @@ from awm_jax import checkpoint, metrics, warps
 from awm_jax import masks as masking
 from awm_jax.attacks import Trigger
 from awm_jax.data import Dataset
-from awm_jax.defences import DEFENCES, AWMConfig, Purified, purify
+from awm_jax.defences import DEFENCES, AWMConfig, Purified, awm_repair, purify
 from awm_jax.defences.awm_config import VARIANTS
 from awm_jax.defences.awm_purify import network
 from awm_jax.defences.awm_steps import AWMState
@@ -105,13 +105,17 @@ def fingerprint(name: str, args, dataset: Dataset) -> str:
     Of AWM what its variant fixes is part of them, and what its survey goes by, if it has one.
     """
     chosen = config(name, args, dataset)
-    fixed = ""
+    told, fixed = repr(chosen), ""
     if isinstance(chosen, AWMConfig):
+        if chosen.repair:
+            fixed = str(awm_repair.CONSTANTS)
+        else:  # as before there was such an option
+            told = told.replace(", repair=0", "")
         constants = VARIANTS[chosen.variant]
-        fixed = str(sorted(constants.items()))
+        fixed += str(sorted(constants.items()))
         if constants["survey_steps"]:
             fixed += str(THRESHOLDS)
-    return hashlib.sha256(f"{chosen!r}{fixed}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{told}{fixed}".encode()).hexdigest()[:8]
 
 
 def label(name: str, args) -> str:

@@ -122,7 +122,7 @@ def test_what_is_held_out_was_seen_by_nothing_before(tiny, monkeypatch, given, a
     accuracies = iter([1.0, 1.0, 0.9, 1.0, 0.9, 1.0, 0.9])  # held out, given, held out, ...
     monkeypatch.setattr(jobs, "_accuracy", lambda *args: next(accuracies))
     monkeypatch.setattr(jobs.awm_purify, "purify", purify)
-    args = types.SimpleNamespace(seed=0, epochs=None, alpha=given, flip=False)
+    args = types.SimpleNamespace(seed=0, epochs=None, alpha=given, flip=False, repair=False)
     done = jobs._awm(suspect, types.SimpleNamespace(survey="of all images"), args)
     assert asked == [*zip(alphas, [None, "its own", "its own"], strict=False)]
     assert "no alpha kept" in done.notes[-1] and len(held_out) == 20
@@ -202,9 +202,34 @@ def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, wo
 
 
 def test_epochs_and_alpha_reach_the_defence(tiny):
-    args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0)
+    args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0, repair=False)
     found = jobs._config(args, tiny.arch)
     assert (found.variant, found.epochs, found.alpha) == ("official", 2, 0.0)
+
+
+@pytest.mark.parametrize("small, note", [(True, "repaired:"), (False, "not repaired:")])
+def test_repair_reaches_awm_and_what_came_of_it_is_said(tiny, monkeypatch, small, note):
+    batch = Batch(np.zeros((4, 8, 8, 3), np.float32), np.arange(4))
+    asked = []
+
+    def purify(params, batch, *, config, **options):
+        asked.append(config.repair)
+        return types.SimpleNamespace(params=params, masks=masks.init(params.weights),
+                                     status=Status.OK, survey=types.SimpleNamespace(small=small))
+
+    monkeypatch.setattr(jobs.awm_purify, "purify", purify)
+    args = types.SimpleNamespace(seed=0, epochs=None, alpha=None, flip=False, repair=True)
+    done = jobs._awm(types.SimpleNamespace(params=tiny, batch=batch),
+                     types.SimpleNamespace(survey=None), args)
+    assert asked == [10] and done.notes[-1].startswith(note)
+
+
+def test_repair_is_awms_alone(desk, tmp_path, capsys):
+    _spoil(desk, tmp_path)
+    assert main(["purify", str(tmp_path / "net"), "--images", str(tmp_path / "images"), "--out",
+                 str(tmp_path / "new"), "--defence", "fst", "--repair"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--repair" in err and "fst" in err and "awm" in err
 
 
 @pytest.mark.parametrize("text", ["1.1", "-.1", "nan", "inf", "much"])

@@ -289,6 +289,22 @@ def test_mixing_stays_in_range_and_keeps_some_images():
     np.testing.assert_array_equal(out, mixing.mix(jax.random.key(0), images))
 
 
+def test_boxes_are_rectangles_of_a_partner():
+    """On images of one value each a cut one has two values, the second in a rectangle."""
+    images = np.broadcast_to(np.arange(60, dtype=np.float32)[:, None, None, None], (60, 16, 8, 1))
+    out = np.asarray(mixing.mix(jax.random.key(0), images, boxes=True))[..., 0]
+    rectangles = 0
+    for i, image in enumerate(out):
+        inside = image != i
+        if len(np.unique(image)) == 2:
+            rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+            assert inside[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()
+            assert 3 <= len(rows) <= 15 and 1 <= len(columns) <= 8
+            assert len(np.unique(image[inside])) == 1 and image[inside][0] % 1 == 0
+            rectangles += 1
+    assert 10 < rectangles < 30
+
+
 def test_mixup_mixes_images_and_labels_alike():
     """Each image is a one-hot vector of its label, so both parts must come out the same."""
     labels = jnp.arange(8) % 5

@@ -36,3 +36,14 @@ def test_what_a_survey_goes_by_is_a_setting_of_what_has_one(defence, again, monk
     before = tables._fingerprint(cell, options)
     monkeypatch.setattr(defending, "THRESHOLDS", defending.THRESHOLDS[:-1])
     assert (tables._fingerprint(cell, options) != before) is again
+
+
+def test_what_repair_goes_by_is_a_setting_where_there_is_repair(monkeypatch):
+    cell = next(c for c in table_cells.cells(("defences",), 1) if c.column.defence == "awm")
+    with_it = cell._replace(column=cell.column._replace(options=("--set", "repair=10")))
+    options = tables._parser().parse_args([])
+    before = [tables._fingerprint(c, options) for c in (cell, with_it)]
+    monkeypatch.setattr(defending.awm_repair, "CONSTANTS", ())
+    after = [tables._fingerprint(c, options) for c in (cell, with_it)]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False]
+    assert before[0] != before[1]

@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
                         help="AWM's weight of clean answers, 0 to 1: less may erase more, of "
                         "several triggers say, and costs accuracy (default: .9; .8 against "
                         "several triggers or a large one, .5 against an all-to-all backdoor)")
+    purify.add_argument("--repair", action="store_true",
+                        help="after AWM's masks, where one small trigger is suspected: teach the "
+                        "network its former answers on strongly changed clean images; gives back "
+                        "accuracy, most where much was lost, and brings large triggers back")
     return p
 
 

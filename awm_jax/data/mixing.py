@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def mix(key: jax.Array, images: jax.Array) -> jax.Array:
+def mix(key: jax.Array, images: jax.Array, *, boxes: bool = False) -> jax.Array:
     """A third of the images each: left alone, blended with a partner, cut together with one.
 
     Blending is ``l x + (1 - l) x'`` with l uniform in [0, 1] (MixUp with alpha = 1); cutting takes
@@ -14,6 +14,8 @@ def mix(key: jax.Array, images: jax.Array) -> jax.Array:
     Args:
       key: PRNG key.
       images: ``[B, H, W, C]``.
+      boxes: cut a rectangle out of x' instead, each side a quarter to seven eighths of the image's,
+        anywhere inside it (CutMix along both axes).
 
     Returns:
       ``[B, H, W, C]``, within the range of the input.
@@ -29,10 +31,29 @@ def mix(key: jax.Array, images: jax.Array) -> jax.Array:
     partners = images[jax.random.permutation(key_partner, count)]
     share = jax.random.uniform(key_share, (count, 1, 1, 1), images.dtype)
     blended = share * images + (1 - share) * partners
-    position = jax.random.randint(key_cut, (count, 1, 1, 1), 0, width)
-    cut = jnp.where(jnp.arange(width).reshape(1, 1, width, 1) < position, images, partners)
+    if boxes:
+        cut = jnp.where(_boxes(key_cut, images.shape)[..., None], partners, images)
+    else:
+        position = jax.random.randint(key_cut, (count, 1, 1, 1), 0, width)
+        cut = jnp.where(jnp.arange(width).reshape(1, 1, width, 1) < position, images, partners)
     kind = jax.random.randint(key_kind, (count, 1, 1, 1), 0, 3)
     return jnp.where(kind == 0, images, jnp.where(kind == 1, blended, cut))
+
+
+def _boxes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``[B, H, W]`` for such images: whether a pixel lies in its image's rectangle."""
+    count, height, width, _ = shape
+
+    def along(key: jax.Array, size: int) -> jax.Array:
+        key_length, key_first = jax.random.split(key)
+        length = size * jax.random.uniform(key_length, (count, 1), minval=0.25, maxval=0.875)
+        first = (size - length) * jax.random.uniform(key_first, (count, 1))
+        at = jnp.arange(size)[None] + 0.5
+        return (first <= at) & (at < first + length)
+
+    key_rows, key_columns = jax.random.split(key)
+    rows, columns = along(key_rows, height), along(key_columns, width)
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def mixup(key: jax.Array, images: jax.Array, labels: jax.Array,

@@ -2,7 +2,7 @@
 
 import jax
 
-from awm_jax.defences import awm_steps
+from awm_jax.defences import awm_purify, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.base import HIDDEN_KERNELS, Defence
 from awm_jax.types import Params
@@ -12,9 +12,9 @@ _REMIT = HIDDEN_KERNELS._replace(batch_stats=True)  # with ``recalibration`` alo
 
 def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: AWMConfig) -> tuple[Params, dict]:
-    """`awm_steps.run`, with the masks multiplied in."""
+    """`awm_purify.run`, with the masks multiplied in."""
     settings = config.resolve(len(images), params.arch.image_shape)
-    state, history = awm_steps.run(key, params, images, labels, settings)
+    state, history = awm_purify.run(key, params, images, labels, settings)
     last = settings.epochs - 1 if settings.replay else 0
     # Where the suspect answers to a warp, nothing is added: the warp is what was found.
     warp = {} if state.warps is None else {"warp": state.warps[last]}

@@ -37,8 +37,8 @@ def prepare(key: jax.Array, images: jax.Array, labels: jax.Array,
     return jnp.concatenate([images, *copies]), jnp.tile(labels, 1 + settings.copies)
 
 
-def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
-              settings: Settings) -> tuple[jax.Array, jax.Array]:
+def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array, settings: Settings, *,
+              strong: bool = False) -> tuple[jax.Array, jax.Array]:
     """A minibatch: images without replacement (whole reshuffles of too few), augmented if asked.
 
     Args:
@@ -46,6 +46,8 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
       images: ``[n, H, W, C]`` in [0, 1].
       labels: ``[n]`` anything that belongs to each.
       settings: ``batch_size``, ``augment`` and ``flip``.
+      strong: change the images more, if at all: `awm_jax.data.augment.strong`, and rectangles
+        where otherwise columns are cut together.
 
     Returns:
       ``[batch_size, H, W, C]`` and ``[batch_size]``.
@@ -62,8 +64,9 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array,
     picks = jax.vmap(lambda k: jax.random.permutation(k, count))(rounds).ravel()[:size]
     images, labels = images[picks], labels[picks]
     if settings.augment:
-        images = augment.crop_flip(key_crop, images, flip=settings.flip)
-        images = mixing.mix(key_mix, images)
+        change = augment.strong if strong else augment.crop_flip
+        images = change(key_crop, images, flip=settings.flip)
+        images = mixing.mix(key_mix, images, boxes=strong)
     return images, labels
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import validate
-from awm_jax.defences import awm_batches, awm_spare, awm_steps
-from awm_jax.defences.awm_config import AWMConfig
+from awm_jax.defences import awm_batches, awm_repair, awm_spare, awm_steps
+from awm_jax.defences.awm_config import AWMConfig, Settings
 from awm_jax.defences.awm_losses import AWMInfo
 from awm_jax.defences.awm_steps import AWMState
 from awm_jax.defences.base import Status, agreement, finite_weights, warn_if_wrong
@@ -24,7 +24,7 @@ class Purified:
     Args:
       params: the purified network, of the type that went in.
       masks: the masks in [0, 1] that made it; with ``recalibration`` its BatchNorm statistics
-        follow them.
+        follow them, with ``repair`` its weights moved after them.
       status: `Status`; ``status.advice`` says what to do.
       history: `AWMInfo`'s fields, each ``[epochs]``, of the epochs that were kept.
       trigger: ``[H, W, C]`` the suspected trigger of the survey, or of the last epoch in a
@@ -48,6 +48,7 @@ _jit_epochs = jax.jit(awm_steps.epochs, static_argnames=("settings", "length"))
 _jit_prepare = jax.jit(awm_batches.prepare, static_argnames="settings")
 _jit_init = jax.jit(awm_steps.init, static_argnames="settings")
 _jit_look = jax.jit(awm_steps.look, static_argnames="settings")
+_jit_repair = jax.jit(awm_repair.repair, static_argnames="settings")
 _jit_network = jax.jit(awm_steps.network)
 
 
@@ -122,8 +123,31 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
                 rejected = infos.pop()
                 infos = infos or [jax.tree.map(lambda leaf: leaf[:0], rejected)]
                 break
+    if settings.repair and found is not None and bool(found.small):  # else it changes nothing
+        state = _jit_repair(key, state, params, images, labels, settings)
     history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return conclude(params, state, found, history, given)
+
+
+def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
+        settings: Settings) -> tuple[AWMState, AWMInfo]:
+    """A whole purification as one traced function: ``vmap`` it over keys for many seeds.
+
+    Args: as `awm_steps.step`.
+
+    Returns:
+      The final state and `AWMInfo` with ``[epochs]`` leaves.
+
+    Example: `jax.jit(jax.vmap(run, in_axes=(0, None, None, None, None)), static_argnums=4)`.
+    """
+    images, labels = awm_batches.prepare(key, images, labels, settings)
+    look = awm_steps.look
+    found = look(key, params, images, labels, settings) if settings.survey_steps else None
+    state = awm_steps.init(params, settings, found)
+    state, info = awm_steps.epochs(key, state, params, images, labels, settings, settings.epochs)
+    if settings.repair:
+        state = awm_repair.repair(key, state, params, images, labels, settings)
+    return state, info
 
 
 def conclude(params: Params, state: AWMState, found: Survey | None, history: AWMInfo,

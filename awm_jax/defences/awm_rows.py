@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from awm_jax import checkpoint, sweep
-from awm_jax.defences import awm_batches, awm_purify, awm_steps
+from awm_jax.defences import awm_batches, awm_purify, awm_repair, awm_steps
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.awm_losses import AWMInfo
 from awm_jax.defences.awm_steps import AWMState
@@ -113,9 +113,20 @@ def _go_on(settings: Settings, length: int) -> Callable[..., Any]:
     return go_on
 
 
+@functools.lru_cache(maxsize=32)
+def _finish(settings: Settings) -> Callable[..., Any]:
+    """What comes after the last epoch, as a function of a row and its state."""
+
+    def finish(row, stacked):
+        key, params, images, labels, own = _parts(row, stacked, settings)
+        return awm_repair.repair(key, row["state"], params, images, labels, own)
+
+    return finish
+
+
 def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk: int | None,
-              devices: Any) -> tuple[sweep.Program, sweep.Program]:
-    """Both programs, with a chunk that fits both."""
+              devices: Any) -> tuple[sweep.Program, sweep.Program, sweep.Program | None]:
+    """All programs, with a chunk that fits all; the last where something comes after the epochs."""
     first, then = _begin(settings), _go_on(settings, every)
     state = jax.eval_shape(jax.vmap(first, in_axes=(0, None)), tree, stacked)[0]
     whole = {**tree, "state": state}
@@ -124,7 +135,11 @@ def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk
     if begin.chunk < epochs.chunk:
         epochs = sweep.prepare(then, whole, (stacked,), chunk=begin.chunk, devices=devices)
         epochs = dataclasses.replace(epochs, why=begin.why)
-    return begin, epochs
+    if not settings.repair:
+        return begin, epochs, None
+    finish = sweep.prepare(_finish(settings), whole, (stacked,), chunk=epochs.chunk,
+                           devices=devices)
+    return begin, epochs, finish
 
 
 def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
@@ -165,7 +180,7 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
     meta = _kept(keep, rows, chunk, settings.epochs, every)
     if meta is not None:  # the same bits need it
         chunk = meta["chunk"]
-    begin, epochs = _programs(tree, stacked, settings, every, chunk, devices)
+    begin, epochs, finish = _programs(tree, stacked, settings, every, chunk, devices)
     tell(epochs.why)
     kept = None
     if meta is not None and keep is not None:
@@ -190,6 +205,9 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
                 on_epochs(done + every, settings.epochs, start.picks, progress.state,
                           progress.latest)
                 paused += time.perf_counter() - pause
+        if finish is not None:
+            state = finish.call({**mine, "state": progress.state}, placed)
+            progress = progress._replace(state=state)
         seconds = time.perf_counter() - started - paused
         yield Group(start.picks, _purified(start.picks, rows, stacked, progress), seconds,
                     epochs.chunk, len(epochs.devices))

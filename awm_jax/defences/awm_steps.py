@@ -12,7 +12,7 @@ from awm_jax.defences import awm_batches, awm_losses, awm_spare, recalibrate
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.awm_losses import AWMInfo
 from awm_jax.defences.survey import Survey, survey
-from awm_jax.types import Masks, Params
+from awm_jax.types import Masks, Params, Weights
 
 
 class AWMState(NamedTuple):
@@ -32,6 +32,8 @@ class AWMState(NamedTuple):
       several: `Survey.several`, False without one.
       batch_stats: the network's BatchNorm statistics; after every stretch of `epochs` they follow
         the masks, where the settings ask for it and no all-to-all backdoor is suspected.
+      weights: those that the masks multiply, once `awm_jax.defences.awm_repair` changed them; None
+        in a run without it.
     """
 
     masks: Masks
@@ -44,6 +46,7 @@ class AWMState(NamedTuple):
     bends: jax.Array
     several: jax.Array
     batch_stats: Any
+    weights: Weights | None
 
 
 # Its rate is `_rate`.
@@ -224,7 +227,8 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
         bent = jnp.zeros((len(triggers), *found.warp.shape))
         bent = bent.at[settings.epochs].set(jnp.where(bends, found.warp, 0.0))
     return AWMState(masks, _ADAM.init(masks), jnp.zeros((), jnp.int32), jnp.array(True), triggers,
-                    bent, suspect, bends, several, params.batch_stats)
+                    bent, suspect, bends, several, params.batch_stats,
+                    params.weights if settings.repair else None)
 
 
 def step(key: jax.Array, state: AWMState, params: Params, images: jax.Array, labels: jax.Array,
@@ -268,30 +272,14 @@ def network(params: Params, state: AWMState) -> Params:
       params: the suspect network.
       state: of a run, at the end of a stretch.
 
-    Example: ``network(params, run(key, params, images, labels, settings)[0])``.
+    Example: ``network(params, state)``.
     """
-    return Params(masking.apply(params.weights, state.masks), state.batch_stats, params.arch)
-
-
-def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
-        settings: Settings) -> tuple[AWMState, AWMInfo]:
-    """A whole purification as one traced function: ``vmap`` it over keys for many seeds.
-
-    Args: as `step`.
-
-    Returns:
-      The final state and `AWMInfo` with ``[epochs]`` leaves.
-
-    Example: `jax.jit(jax.vmap(run, in_axes=(0, None, None, None, None)), static_argnums=4)`.
-    """
-    images, labels = awm_batches.prepare(key, images, labels, settings)
-    found = look(key, params, images, labels, settings) if settings.survey_steps else None
-    state = init(params, settings, found)
-    return epochs(key, state, params, images, labels, settings, settings.epochs)
+    weights = params.weights if state.weights is None else state.weights
+    return Params(masking.apply(weights, state.masks), state.batch_stats, params.arch)
 
 
 def epochs(key, state, params, images, labels, settings, length):
-    """``length`` calls of `step` as one scan, then BatchNorm's statistics; otherwise as `run`."""
+    """``length`` calls of `step` as one scan, then BatchNorm's statistics."""
 
     def body(state, _):
         return step(key, state, params, images, labels, settings)

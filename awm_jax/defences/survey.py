@@ -130,6 +130,11 @@ class Survey(NamedTuple):
         return single & (self.again > SEVERAL_ABOVE)
 
     @property
+    def small(self) -> jax.Array:
+        """Whether the suspect is a class with one small trigger: no warp, and nothing `several`."""
+        return (self.suspect < len(self.damage)) & ~self.bends & ~self.several
+
+    @property
     def again(self) -> jax.Array:
         """How far `elsewhere` drives, in times of the next class's trigger, >= 0."""
         return self.elsewhere_damage / jnp.maximum(jnp.sort(self.damage)[-2], LEAST_DAMAGE)

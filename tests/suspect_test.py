@@ -180,7 +180,7 @@ def test_milder_runs_follow_one_of_which_nothing_was_kept(tiny, monkeypatch, cou
     labels = np.minimum(np.arange(count), 3)  # too few of the first three to hold any out
     suspect = types.SimpleNamespace(params=tiny, batch=Batch(np.zeros((count, 8, 8, 3)), labels))
     monkeypatch.setattr(jobs, "_run_awm", run)
-    args = types.SimpleNamespace(seed=0, epochs=None, alpha=None, flip=False)
+    args = types.SimpleNamespace(seed=0, epochs=None, alpha=None, flip=False, repair=False)
     findings = types.SimpleNamespace(survey="the scan's")
     if alphas is None:
         with pytest.raises(ValueError, match="Nothing was written"):

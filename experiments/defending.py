@@ -1,6 +1,7 @@
 """One defence against one network from one draw of clean images: a cell of the tables."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -240,17 +241,19 @@ def _awm(scene: Scene, name: str, title: str, chosen: AWMConfig, batch: Batch,
 
     def on_epochs(done, total, state, latest):
         nonlocal watching
-        del total
         started = time.perf_counter()
         if seed == 0:  # Figure 4, from the first seed; it only watches
             watch(scene, state, done, curve)
         watching += time.perf_counter() - started
         progress.update(done, clean=latest["clean_loss"], triggered=latest["trigger_loss"],
                         mask=latest["mask_mean"])
+        if done == total and chosen.repair:
+            after.enter_context(waiting(f"repairing {scene.name}"))
 
     started = time.perf_counter()
-    found = purify(scene.params, batch, config=chosen, key=jax.random.key(seed),
-                   on_epochs=on_epochs)
+    with contextlib.ExitStack() as after:
+        found = purify(scene.params, batch, config=chosen, key=jax.random.key(seed),
+                       on_epochs=on_epochs)
     seconds = time.perf_counter() - started - watching
     progress.close()
     return found, seconds, curve

@@ -77,11 +77,10 @@ def test_nothing_is_repaired_unless_one_small_trigger_is_suspected(tiny, case, o
 
 
 def test_the_first_step_is_adams_along_the_slope(tiny, small_batch, case, monkeypatch):
-    """Adam's first step is the rate against the slope's sign; the slope by unrolled autodiff."""
+    """Adam's first step is the rate against the sign of the slope, here of a loss written anew."""
     settings, state, _ = case
     monkeypatch.setattr(awm_repair, "STEPS", 1)
-    one = dataclasses.replace(settings, repair=1, replay=1.0, inner_steps=1,
-                              survey_steps=0)
+    one = dataclasses.replace(settings, repair=1, replay=1.0, inner_steps=1)
     trigger = jax.random.normal(jax.random.key(5), tiny.arch.image_shape) / 9
     state = state._replace(triggers=jnp.broadcast_to(trigger, state.triggers.shape))
     key = jax.random.key(3)
@@ -131,12 +130,14 @@ def test_purify_repairs_last_and_rows_do_as_it_does(tiny, small_batch):
     out = awm_jax.purify(tiny, small_batch, config=config)
     np.testing.assert_allclose(_numbers(out.masks), _numbers(plain.masks), atol=1e-6)
     changed = np.abs(_numbers(out.params.weights["dense"]) - _numbers(tiny.weights["dense"])).max()
-    assert (changed > 0) == bool(out.survey.small)
+    assert bool(out.survey.small) and changed > 0
+    other = awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1))
     stacked = rows.stack(DEFENCES["awm"], [tiny], [small_batch])
-    row = rows.Row(jax.random.key(0), 0, 0, config, "one")
-    (group,) = awm_rows.purify([row], stacked)
-    np.testing.assert_allclose(_numbers(group.found[0].params.weights),
-                               _numbers(out.params.weights), atol=1e-4)
+    both = [rows.Row(jax.random.key(i), 0, 0, config, str(i)) for i in (0, 1)]
+    (group,) = awm_rows.purify(both, stacked, chunk=2)
+    for found, alone in zip(group.found, (out, other), strict=True):
+        np.testing.assert_allclose(_numbers(found.params.weights), _numbers(alone.params.weights),
+                                   atol=1e-4)
 
 
 def test_repair_wants_a_survey():

@@ -83,8 +83,9 @@ def test_same_key_same_masks_other_key_other_masks(tiny, small_batch):
     assert not np.array_equal(purify(1), purify(2))
 
 
-def test_second_call_compiles_nothing(tiny, small_batch):
-    config = _config("distilled")
+@pytest.mark.parametrize("repair", [0, 1])
+def test_second_call_compiles_nothing(tiny, small_batch, repair):
+    config = _config("distilled", repair=repair)
     awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1))
     with jax.log_compiles(), _forbid_compilation():
         awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(2))

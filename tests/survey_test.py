@@ -153,6 +153,7 @@ def test_several_triggers_are_suspected_where_other_pixels_drive_farther_than_to
                    jnp.array(9.0), jnp.zeros((2, 2, 1)), jnp.array(elsewhere))
     assert float(found.again) == pytest.approx(elsewhere / 2)
     assert bool(found.several) == several
+    assert bool(found.small) == (elsewhere == 2.6)  # the others: several, a warp, all to all
 
 
 @pytest.mark.parametrize("strength, several", [(60.0, True), (10.0, False)])

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     purify.add_argument("--repair", action="store_true",
                         help="after AWM's masks, where one small trigger is suspected: teach the "
                         "network its former answers on strongly changed clean images; gives back "
-                        "accuracy, most where much was lost, and brings large triggers back")
+                        "accuracy where much was lost, and may bring some of a backdoor back")
     return p
 
 

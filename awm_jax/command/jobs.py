@@ -1,6 +1,7 @@
 """The two jobs: scan a network, and purify it; both end in a report."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import pathlib
@@ -234,7 +235,7 @@ def _awm(suspect: Suspect, findings: Findings, args: argparse.Namespace) -> Puri
     if args.repair:
         notes.append("repaired: the network learnt its former answers again, the kernels least"
                      if found.survey is not None and bool(found.survey.small) else
-                     "not repaired: no single small trigger is suspected, and what is might return")
+                     "not repaired: no single small trigger is suspected, and others may return")
     layers = {name: figures.mask_percentages(np.ravel(values)).tolist()
               for name, values in masks.by_layer(found.masks).items()}
     return Purification(found.params, found.status, layers, time.monotonic() - started,
@@ -264,10 +265,13 @@ def _run_awm(suspect: Suspect, batch: Batch, survey: Survey | None, config: AWMC
                          f"{100 * now:.0f}% of the given images got their class, before "
                          f"{100 * before:.0f}%; the masks are those of before")
             return True
+        if done == total and config.repair:
+            after.enter_context(waiting("repairing"))
         return False
 
-    found = awm_purify.purify(suspect.params, batch, config=config, key=key, on_epochs=watch,
-                              survey=survey)
+    with contextlib.ExitStack() as after:
+        found = awm_purify.purify(suspect.params, batch, config=config, key=key, on_epochs=watch,
+                                  survey=survey)
     if bar:
         bar[0].close()
     return found

@@ -37,12 +37,13 @@ def crop_flip(key: jax.Array, images: jax.Array, *, pad: int = 4, flip: bool) ->
 def strong(key: jax.Array, images: jax.Array, *, flip: bool) -> jax.Array:
     """Zooms, stretches, turns, moves and recolours each image, and mirrors half of them if asked.
 
-    ``y(p) = g x(A p + t) + o``, clipped to [0, 1]: A zooms by ``exp(u)``, u uniform in [-1, .25]
-    (in to a third of the width, out by a quarter), stretches each side by up to a quarter against
-    the other and turns by up to .5 radians (.2 without flips, as digits and signs turned farther
-    are others); t stays within what the zoom cuts off and 4 pixels; contrast g and brightness o
-    change by up to .24 and .15 for all channels together and .16 and .06 for each. Bilinear, the
-    border mirrored. The label may not survive: for matching another network's outputs.
+    ``y(p) = g (x(A p + t) - .5) + .5 + o``, clipped to [0, 1]: A zooms by ``exp(u)``, u uniform in
+    [-1, .25] (in to a third of the width, out by a quarter), stretches one side and shrinks the
+    other by up to a quarter and turns by up to .5 radians (.2 without flips, as digits and signs
+    turned farther are others); t stays within what the zoom cuts off and 4 pixels; contrast g and
+    brightness o change by up to .24 and .15 for all channels together and .16 and .06 for each.
+    Bilinear, the border mirrored. The label may not survive: for matching another network's
+    outputs.
 
     Args:
       key: PRNG key.

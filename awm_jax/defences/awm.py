@@ -7,7 +7,7 @@ from awm_jax.defences.awm_config import AWMConfig
 from awm_jax.defences.base import HIDDEN_KERNELS, Defence
 from awm_jax.types import Params
 
-_REMIT = HIDDEN_KERNELS._replace(batch_stats=True)  # with ``recalibration`` alone
+_REMIT = HIDDEN_KERNELS._replace(batch_stats=True)  # with ``recalibration``; ``repair`` moves all
 
 
 def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

@@ -133,16 +133,19 @@ def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
         settings: Settings) -> tuple[AWMState, AWMInfo]:
     """A whole purification as one traced function: ``vmap`` it over keys for many seeds.
 
-    Args: as `awm_steps.step`.
+    Args: as `awm_steps.step`, but no state.
 
     Returns:
       The final state and `AWMInfo` with ``[epochs]`` leaves.
 
     Example: `jax.jit(jax.vmap(run, in_axes=(0, None, None, None, None)), static_argnums=4)`.
+
+    Reference: AWM paper, Algorithm 1.
     """
     images, labels = awm_batches.prepare(key, images, labels, settings)
-    look = awm_steps.look
-    found = look(key, params, images, labels, settings) if settings.survey_steps else None
+    found = None
+    if settings.survey_steps:
+        found = awm_steps.look(key, params, images, labels, settings)
     state = awm_steps.init(params, settings, found)
     state, info = awm_steps.epochs(key, state, params, images, labels, settings, settings.epochs)
     if settings.repair:

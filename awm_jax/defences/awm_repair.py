@@ -22,11 +22,11 @@ def repair(key: jax.Array, state: AWMState, params: Params, images: jax.Array, l
     """``min_w  a L(f(s; m*w), f(s)) + (1-a) L(f(s+d; m*w), f(s))``, the last step of a run.
 
     f without weights is the suspect network, s are clean images after `awm_jax.data.augment.strong`
-    and mixing, a third of them with rectangles of others (on CIFAR-10 these are worth 2 to 3 points
-    of what is given back, docs/results.md). d is an earlier trigger of the run or, on one image in
-    four, this epoch's, searched for towards the suspect. Adam moves a kernel with masks by a fifth
-    of its steps, times the masks: there the backdoor is. Only where one small trigger of one class
-    is suspected: every other kind of backdoor comes back.
+    and mixing, a third of them with rectangles of others (on CIFAR-10 worth 1.5 to 2.3 points). d
+    is an earlier trigger of the run or, on one image in four, this epoch's, searched for towards
+    the suspect. Adam moves a kernel with masks by a fifth of its steps, times the masks: there the
+    backdoor is. Only where one small trigger of one class is suspected: of a large one and of
+    several 71 and 92% came back (docs/results.md), warps and all-to-all were not tried.
 
     Args:
       key: PRNG key of the whole run.
@@ -41,6 +41,8 @@ def repair(key: jax.Array, state: AWMState, params: Params, images: jax.Array, l
       weight would not be finite.
 
     Example: ``repair(key, state, params, images, labels, settings).weights``.
+
+    Reference: none; of the images, Asano & Saeed 2023, "The Augmented Image Prior".
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     total = settings.repair * STEPS
@@ -49,10 +51,9 @@ def repair(key: jax.Array, state: AWMState, params: Params, images: jax.Array, l
     key = jax.random.fold_in(key, settings.epochs + 3)
 
     def epoch(outer, number):
-        outer, _, info = bilevel.epoch(problem, jax.random.fold_in(key, number), number, outer,
-                                       inner_steps=settings.inner_steps,
-                                       outer_steps=STEPS)
-        return outer, info
+        outer, _, _ = bilevel.epoch(problem, jax.random.fold_in(key, number), number, outer,
+                                    inner_steps=settings.inner_steps, outer_steps=STEPS)
+        return outer, None
 
     start = (state.weights, adam.init(state.weights))
     (weights, _), _ = jax.lax.scan(epoch, start, jnp.arange(settings.repair))
@@ -105,10 +106,9 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, state: AWMSta
                 models.apply(current, jnp.clip(x + triggers, 0, 1)), target)
             return ALPHA * clean + (1 - ALPHA) * triggered
 
-        value, slopes = jax.value_and_grad(loss)(weights)
-        updates, opt_state = adam.update(slopes, opt_state)
+        updates, opt_state = adam.update(jax.grad(loss)(weights), opt_state)
         weights = jax.tree.map(lambda w, u, share: w + share * u, weights, updates, shares)
-        return (weights, opt_state), value
+        return (weights, opt_state), None
 
     return bilevel.Problem(start, ascend, lambda epoch, delta: delta, descend)
 

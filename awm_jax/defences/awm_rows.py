@@ -128,17 +128,21 @@ def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk
               devices: Any) -> tuple[sweep.Program, sweep.Program, sweep.Program | None]:
     """All programs, with a chunk that fits all; the last where something comes after the epochs."""
     first, then = _begin(settings), _go_on(settings, every)
+    last = _finish(settings) if settings.repair else None
     state = jax.eval_shape(jax.vmap(first, in_axes=(0, None)), tree, stacked)[0]
     whole = {**tree, "state": state}
-    epochs = sweep.prepare(then, whole, (stacked,), chunk=chunk, devices=devices)
-    begin = sweep.prepare(first, tree, (stacked,), chunk=chunk, devices=devices, most=epochs.chunk)
-    if begin.chunk < epochs.chunk:
-        epochs = sweep.prepare(then, whole, (stacked,), chunk=begin.chunk, devices=devices)
-        epochs = dataclasses.replace(epochs, why=begin.why)
-    if not settings.repair:
-        return begin, epochs, None
-    finish = sweep.prepare(_finish(settings), whole, (stacked,), chunk=epochs.chunk,
-                           devices=devices)
+
+    def make(fun, rows, chunk, most):
+        return sweep.prepare(fun, rows, (stacked,), chunk=chunk, devices=devices, most=most)
+
+    epochs = make(then, whole, chunk, None)
+    begin = make(first, tree, chunk, epochs.chunk)
+    finish = None if last is None else make(last, whole, chunk, begin.chunk)
+    least = begin if finish is None else finish
+    if least.chunk < epochs.chunk:
+        epochs = dataclasses.replace(make(then, whole, least.chunk, None), why=least.why)
+    if least.chunk < begin.chunk:
+        begin = make(first, tree, least.chunk, None)
     return begin, epochs, finish
 
 

@@ -131,6 +131,8 @@ def test_purify_repairs_last_and_rows_do_as_it_does(tiny, small_batch):
     np.testing.assert_allclose(_numbers(out.masks), _numbers(plain.masks), atol=1e-6)
     changed = np.abs(_numbers(out.params.weights["dense"]) - _numbers(tiny.weights["dense"])).max()
     assert bool(out.survey.small) and changed > 0
+    ended = awm_jax.purify(tiny, small_batch, config=config, on_epochs=lambda *_: True)
+    np.testing.assert_array_equal(_numbers(ended.params.weights), _numbers(tiny.weights))
     other = awm_jax.purify(tiny, small_batch, config=config, key=jax.random.key(1))
     stacked = rows.stack(DEFENCES["awm"], [tiny], [small_batch])
     both = [rows.Row(jax.random.key(i), 0, 0, config, str(i)) for i in (0, 1)]

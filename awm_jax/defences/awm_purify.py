@@ -123,7 +123,8 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
                 rejected = infos.pop()
                 infos = infos or [jax.tree.map(lambda leaf: leaf[:0], rejected)]
                 break
-    if settings.repair and found is not None and bool(found.small):  # else it changes nothing
+    # Else it would change nothing, or there is nothing to give back.
+    if settings.repair and found is not None and bool(found.small) and int(state.epoch):
         state = _jit_repair(key, state, params, images, labels, settings)
     history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return conclude(params, state, found, history, given)

@@ -53,7 +53,7 @@ def predict(params: Params, images: np.ndarray | jax.Array, *,
         the small VGG a third slower.
 
     Returns:
-      ``[N]`` int64.
+      ``[N]`` int32.
 
     Example:
       >>> from awm_jax.types import Arch
@@ -73,7 +73,7 @@ def predict(params: Params, images: np.ndarray | jax.Array, *,
         batch = to_float(chunk)
         out.append(np.asarray(_predict(params, batch if transform is None else transform(batch)))
                    [:size])
-    return np.concatenate(out) if out else np.zeros(0, np.int64)
+    return np.concatenate(out) if out else np.zeros(0, np.int32)
 
 
 @jax.jit

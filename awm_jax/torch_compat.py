@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import torch_files
+from awm_jax import torch_files, validate
 from awm_jax.torch_files import COUNTER, copies, load_state_dict
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
@@ -59,13 +59,8 @@ def _complete(arch: Arch | str | None, state: Mapping[str, Any],
 
 def _normalised(arch: Arch, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Arch:
     """An `Arch` with the moments that are given."""
-    channels = arch.image_shape[2]
-    for name, given in (("mean", mean), ("std", std)):
-        if given is not None and (len(given) != channels or not np.isfinite(given).all()
-                                  or (name == "std" and min(given) <= 0)):
-            raise ValueError(f"Expected {name} to be {channels} "
-                             f"{'numbers' if name == 'mean' else 'numbers > 0'}, one a channel, "
-                             f"got {given}.")
+    validate.normalisation(() if mean is None else mean, () if std is None else std,
+                           arch.image_shape[2])
     return dataclasses.replace(arch, mean=arch.mean if mean is None else tuple(map(float, mean)),
                                std=arch.std if std is None else tuple(map(float, std)))
 

@@ -42,9 +42,10 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        validate.whole(1, epochs=self.epochs, batch_size=self.batch_size)
         validate.positive(peak_lr=self.peak_lr)
-        validate.at_least(0, weight_decay=self.weight_decay, crop=self.crop)
+        validate.whole(0, crop=self.crop)
+        validate.at_least(0, weight_decay=self.weight_decay)
 
 
 class Attacker(Protocol):
@@ -167,11 +168,12 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
       labels: ``[N]`` integers in 0..c-1.
       arch: what to train.
       config: how.
-      state: where to go on from, as ``on_epoch`` received it; None starts afresh.
+      state: where to go on from, as ``on_epoch`` received it; None starts afresh. It is copied.
       attacker: changes every batch before the network learns from it; None for none.
       attacker_state: what it starts from, a tree of arrays; ``on_epoch`` gets what became of it as
         ``state.attacker``.
-      on_epoch: called after each epoch as ``(done, total, state, loss)``.
+      on_epoch: called after each epoch as ``(done, total, state, loss)``. The next epoch takes the
+        state's memory: copy what is to be kept in it (``jax.tree.map(jnp.copy, state)``).
 
     Returns:
       The trained `Params`.
@@ -190,9 +192,11 @@ def train(key: jax.Array, images: np.ndarray, labels: np.ndarray, arch: Arch,
     validate.training_set(images, labels, num_classes=arch.num_classes,
                           image_shape=arch.image_shape)
     key_init, key_run = jax.random.split(key)
+    # Copies: every epoch donates its state, and the caller's arrays are not ours to give away.
     if state is None:
-        # A copy: every epoch donates its state, and the caller's arrays are not ours to give away.
         state = init(key_init, arch, config, len(images), jax.tree.map(jnp.copy, attacker_state))
+    else:
+        state = jax.tree.map(jnp.copy, state)
     on_device = jnp.asarray(images), jnp.asarray(labels, jnp.int32)
     for done in range(int(state.epoch), config.epochs):
         state, loss = _jit_epoch(key_run, state, *on_device, arch, config, attacker)

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,28 @@ def between(low: float, high: float, **named: float) -> None:
     for name, value in named.items():
         if not (_finite(name, value) and low <= value <= high):
             raise ValueError(f"Expected {name}={value} in [{low}, {high}].")
+
+
+def whole(minimum: int, **named: Any) -> None:
+    """Raises ValueError unless each named value is an integer >= ``minimum``."""
+    at_least(minimum, **named)
+    for name, value in named.items():
+        # Not 2.0 either: what counts arrays' sizes must be of an integer type.
+        if not isinstance(value, (int, np.integer)):
+            raise ValueError(f"Expected {name}={value} to be an integer.")
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raises ValueError unless means (or zeros) and scales > 0 (or ones) fit the channels.
+
+    Zeros and ones, the defaults, do so in any number.
+    """
+    for name, given, nothing in (("mean", mean, 0.0), ("std", std, 1.0)):
+        wrong = np.ndim(given) != 1 or not all(_finite(name, value) for value in given) or (
+            name == "std" and min(given, default=1.0) <= 0)
+        if wrong or (len(given) != channels and any(value != nothing for value in given)):
+            raise ValueError(f"Expected {name}={given} to be {channels} "
+                             f"{'numbers' if name == 'mean' else 'numbers > 0'}, one a channel.")
 
 
 def labelled_images(images: Any, labels: Any, *, num_classes: int,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import awm_jax
-from awm_jax import masks, models
+from awm_jax import defences, masks, models
 from awm_jax.defences import awm_batches, awm_spare, awm_steps
 from awm_jax.defences import awm_purify as awm
+from awm_jax.defences.survey import Survey
 from awm_jax.types import Arch, Batch
 
 QUICK = {"epochs": 2, "inner_steps": 2, "outer_steps": 2, "batch_size": 4, "tau": 100.0}
@@ -367,3 +368,21 @@ def test_what_the_trigger_flees_is_the_masked_networks_own_answer(tiny, small_ba
     assert awm_steps._fled(tiny, m, x, y, settings) is y
     settings = _config("distilled").resolve(len(x), tiny.arch.image_shape)
     assert awm_steps._fled(tiny, m, x, y, settings) is None
+
+
+def test_lists_do_for_tuples():
+    """A config is a static argument of `jit`, so what it holds is hashable."""
+    lists, tuples = (awm_jax.AWMConfig(variant="paper", tau=kind([100.0, 50.0]),
+                                       layers=kind(["conv1"])) for kind in (list, tuple))
+    assert hash(lists) == hash(tuples)
+
+
+def test_purify_names_another_defences_config_and_another_networks_survey(tiny, small_batch):
+    with pytest.raises(TypeError, match="type AWMConfig, got TuneConfig"):
+        awm.purify(tiny, small_batch, config=defences.ft.default)
+    survey = Survey(*(jnp.zeros(1) for _ in Survey._fields))._replace(
+        triggers=jnp.zeros((7, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"survey of this network.*got \[7, 8, 8, 3\]"):
+        awm.purify(tiny, small_batch, survey=survey)
+    with pytest.raises(ValueError, match="Expected no survey"):
+        awm.purify(tiny, small_batch, survey=survey, config=awm_jax.AWMConfig(variant="paper"))

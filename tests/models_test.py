@@ -1,5 +1,7 @@
 """Networks and the convolution they stand on."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -302,3 +304,25 @@ def test_deep_convolutions_are_all_but_those_at_the_first_resolution(name, shall
 
 def test_a_network_without_convolutions_has_no_deep_ones():
     assert models.deep_convolutions(Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1))) == ()
+
+
+@pytest.mark.parametrize("given", [{"mean": (0.25,)}, {"std": (0.5,)}])
+def test_a_mean_alone_or_a_scale_alone_is_enough(given):
+    """For images of one channel, too, whose other default has three."""
+    arch = Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1))
+    plain = models.create(jax.random.key(0), arch)
+    params = dataclasses.replace(plain, arch=dataclasses.replace(arch, **given))
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 1))
+    by_hand = (images - given.get("mean", (0.0,))[0]) / given.get("std", (1.0,))[0]
+    np.testing.assert_allclose(models.apply(params, images), models.apply(plain, by_hand),
+                               rtol=1e-5)
+
+
+@pytest.mark.parametrize("given, match", [
+    ({"mean": (0.5,) * 3}, r"mean=\(0\.5, 0\.5, 0\.5\) to be 1 numbers, one a channel"),
+    ({"std": (-1.0,)}, r"std=\(-1\.0,\) to be 1 numbers > 0"),
+    ({"std": (float("nan"),)}, "numbers > 0"), ({"mean": ("a",)}, "to be a number, got 'a'")])
+def test_a_normalisation_that_does_not_fit_is_refused(given, match):
+    arch = Arch(name="mlp", num_classes=3, image_shape=(8, 8, 1), **given)
+    with pytest.raises(ValueError, match=match):
+        models.check(arch)

@@ -59,3 +59,19 @@ def test_divergence_is_reported():
     config = training.TrainConfig(epochs=2, batch_size=16, peak_lr=1e30, augment=False)
     with pytest.raises(FloatingPointError, match="peak_lr"):
         training.train(jax.random.key(0), images, labels, ARCH, config)
+
+
+def test_a_state_can_be_gone_on_from_twice():
+    """It is the caller's: the run copies it before its first epoch takes the memory."""
+    images, labels = _data()
+    kept = []
+
+    def keep(done, total, state, loss):
+        if done == 1:
+            kept.append(jax.tree.map(jax.numpy.copy, state))
+
+    config = training.TrainConfig(epochs=2, batch_size=16, augment=False)
+    whole = training.train(jax.random.key(1), images, labels, ARCH, config, on_epoch=keep)
+    for _ in range(2):
+        again = training.train(jax.random.key(1), images, labels, ARCH, config, state=kept[0])
+        jax.tree.map(np.testing.assert_array_equal, again, whole)

@@ -49,19 +49,21 @@ def test_the_field_is_pytorchs_bicubic_upsampling(height, width, knots):
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-def test_the_warp_is_its_formula():
-    key, size, strength = jax.random.key(3), 32, 0.5
-    grid = np.asarray(warping_grid(key, size, size))
+@pytest.mark.parametrize("height, width", [(32, 32), (32, 64), (64, 16)])
+def test_the_warp_is_its_formula(height, width):
+    key, strength = jax.random.key(3), 0.5
+    grid = np.asarray(warping_grid(key, height, width))
     noise = np.asarray(jax.random.uniform(key, (4, 4, 2), minval=-1.0, maxval=1.0), np.float64)
     noise /= np.abs(noise).mean()
-    up = warps.cubic(4, size)
-    field = np.stack([up @ noise[..., c] @ up.T for c in (0, 1)], axis=-1)
-    expected = np.clip(np.asarray(identity(size, size)) + strength / size * field, -1, 1)
-    np.testing.assert_allclose(grid, expected, atol=1e-6)
+    down, across = warps.cubic(4, height), warps.cubic(4, width)
+    field = np.stack([down @ noise[..., c] @ across.T / (width, height)[c] for c in (0, 1)],
+                     axis=-1)
+    still = np.asarray(identity(height, width))
+    np.testing.assert_allclose(grid, np.clip(still + strength * field, -1, 1), atol=1e-6)
     assert np.abs(grid).max() <= 1
-    # A pixel is 2 / (H - 1) of the grid's units.
-    moved = np.abs(grid - np.asarray(identity(size, size))) * (size - 1) / 2
-    assert 0.05 < moved.mean() < 0.5 and moved.max() < 1
+    # A pixel is 2 / (W - 1), 2 / (H - 1) of the grid's units: as far across as down.
+    moved = np.abs(grid - still) * (np.array([width, height]) - 1) / 2
+    assert (moved.mean((0, 1)) > 0.05).all() and moved.max() < 1
 
 
 def test_random_warps_jitter_within_their_bound():
@@ -84,3 +86,13 @@ def test_other_sizes_are_refused_and_jit_is_eager():
                         for k in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (32, 64), (64, 16)])
+def test_the_jitter_is_up_to_half_a_pixel_across_and_down(height, width):
+    """Images whose channels are the pixel's own place, so that a warp shows where it looked."""
+    still = identity(height, width)
+    moved = Warp(still).cover(KEY, jnp.broadcast_to(still, (3, height, width, 2)))
+    half = (np.array([width, height]) - 1) / 2
+    pixels = np.abs((np.asarray(moved) - np.asarray(still)) * half).max((0, 1, 2))
+    assert (pixels < 0.5).all() and (pixels > 0.4).all()

@@ -41,7 +41,7 @@ class SSBAConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, bits=self.bits, steps=self.steps, batch_size=self.batch_size)
+        validate.whole(1, bits=self.bits, steps=self.steps, batch_size=self.batch_size)
         validate.positive(lr=self.lr)
         validate.at_least(0, l2=self.l2)
 

@@ -63,7 +63,7 @@ def identity(height: int, width: int) -> jax.Array:
 
 def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
                  strength: float = STRENGTH) -> jax.Array:
-    """``clip(id + s / H * up(n / mean|n|), -1, 1)`` with n uniform in [-1, 1] on k x k knots.
+    """``clip(id + s / (W, H) * up(n / mean|n|), -1, 1)`` with n uniform in [-1, 1] on k x k knots.
 
     Args:
       key: PRNG key of n.
@@ -86,7 +86,12 @@ def warping_grid(key: jax.Array, height: int, width: int, *, knots: int = KNOTS,
     noise = noise / jnp.abs(noise).mean()
     field = jnp.einsum("ik,jl,klc->ijc", jnp.asarray(warps.cubic(knots, height), jnp.float32),
                        jnp.asarray(warps.cubic(knots, width), jnp.float32), noise)
-    return jnp.clip(identity(height, width) + strength * field / height, -1.0, 1.0)
+    return jnp.clip(identity(height, width) + strength * field / _size(height, width), -1.0, 1.0)
+
+
+def _size(height: int, width: int) -> jax.Array:
+    """``[1, 1, 2]``, of x and y; a pixel is some 2 / size of the grid's units."""
+    return jnp.array([[[width, height]]], jnp.float32)
 
 
 class Warp(NamedTuple):
@@ -103,7 +108,8 @@ class Warp(NamedTuple):
         """Warps each of ``[B, H, W, C]`` another way: a jitter of up to half a pixel is added."""
         _fits(images, self.grid)
         jitter = jax.random.uniform(key, (len(images), *self.grid.shape), minval=-1.0, maxval=1.0)
-        return sample(images, jnp.clip(self.grid[None] + jitter / self.grid.shape[0], -1.0, 1.0))
+        aside = jitter / _size(*self.grid.shape[:2])[None]
+        return sample(images, jnp.clip(self.grid[None] + aside, -1.0, 1.0))
 
 
 def _fits(images: jax.Array, grid: jax.Array) -> None:

@@ -59,9 +59,10 @@ class ABLConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, tune_epochs=self.tune_epochs, finetune_epochs=self.finetune_epochs,
-                          unlearn_epochs=self.unlearn_epochs, batch_size=self.batch_size)
-        validate.at_least(0, gamma=self.gamma, weight_decay=self.weight_decay, crop=self.crop)
+        validate.whole(1, tune_epochs=self.tune_epochs, finetune_epochs=self.finetune_epochs,
+                       unlearn_epochs=self.unlearn_epochs, batch_size=self.batch_size)
+        validate.whole(0, crop=self.crop)
+        validate.at_least(0, gamma=self.gamma, weight_decay=self.weight_decay)
         validate.choice(_VARIANTS, ascent=self.ascent)
         validate.between(0.0, 0.5, isolate=self.isolate)
         validate.positive(isolate=self.isolate, lr=self.lr, finetune_lr=self.finetune_lr,

@@ -36,7 +36,7 @@ class ACConfig(training.TrainConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, components=self.components)
+        validate.whole(1, components=self.components)
         validate.choice(_RULES, rule=self.rule)
         validate.between(0.0, 0.5, max_size=self.max_size)
 

@@ -50,10 +50,10 @@ class ANPConfig(PruneConfig):
         """Checks every range before any work starts."""
         super().__post_init__()
         validate.choice(("paper", "official"), variant=self.variant)
-        validate.at_least(1, steps=self.steps, batch_size=self.batch_size)
+        validate.whole(1, steps=self.steps, batch_size=self.batch_size)
         validate.positive(lr=self.lr, eps=self.eps)
         validate.between(0.0, 1.0, momentum=self.momentum, alpha=self.alpha)
-        validate.at_least(0, crop=self.crop)
+        validate.whole(0, crop=self.crop)
 
 
 class Proportions(NamedTuple):
@@ -145,7 +145,7 @@ def prediction_proportions(key: jax.Array, params: Params, images: jax.Array, la
     Reference: AWM paper, eq. 3.1 and Figure 1; ANP supplement, section B, Figures 8 and 9.
     """
     validate.positive(eps=eps)
-    validate.at_least(1, steps=steps)
+    validate.whole(1, steps=steps)
     unmasked = neurons.ones(params)
     start, shaped = neurons.uniform(key, unmasked, eps)
 

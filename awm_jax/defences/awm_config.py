@@ -226,10 +226,13 @@ class AWMConfig:
 
     def __post_init__(self):
         """Checks every range at once, before any work starts."""
+        for name in ("tau", "layers"):  # the record is a static argument of `jit`: hashable
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         validate.choice(VARIANTS, variant=self.variant)
         for name in ("epochs", "inner_steps", "outer_steps", "batch_size"):
             if getattr(self, name) is not None:
-                validate.at_least(1, **{name: getattr(self, name)})
+                validate.whole(1, **{name: getattr(self, name)})
         for name in ("inner_lr", "outer_lr"):
             if getattr(self, name) is not None:
                 validate.positive(**{name: getattr(self, name)})
@@ -245,10 +248,9 @@ class AWMConfig:
             raise ValueError(f"Expected l2_weight={self.l2_weight} to be finite.")
         if self.gamma is not None:
             validate.at_least(0.0, gamma=self.gamma)
-        validate.at_least(0, copies=self.copies)
+        validate.whole(0, copies=self.copies, repair=self.repair)
         if self.recalibration is not None:
-            validate.at_least(0, recalibration=self.recalibration)
-        validate.at_least(0, repair=self.repair)
+            validate.whole(0, recalibration=self.recalibration)
         if self.repair and (self.variant != "distilled" or self.replay == 0):
             raise ValueError(f"Expected repair={self.repair} with the variant 'distilled', whose "
                              f"survey it needs, and replay > 0; got {self.variant!r} and "

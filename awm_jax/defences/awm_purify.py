@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import validate
+from awm_jax import models, validate
 from awm_jax.defences import awm_batches, awm_repair, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig, Settings
 from awm_jax.defences.awm_losses import AWMInfo
@@ -79,7 +79,8 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
 
     Raises:
       ValueError: images that do not fit the network or lie outside [0, 1], labels out of range,
-        NaN in images or weights.
+        NaN in images or weights, a survey of another network or beside a variant that makes none.
+      TypeError: another defence's config.
 
     Warns (UserWarning) where the network gets half of the images or more wrong, as one does that
     expects other normalisation than ``params.arch`` says.
@@ -97,17 +98,16 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
 
     Reference: AWM paper, eq. 4.4 and Algorithm 1.
     """
-    config = config or AWMConfig()
+    config = AWMConfig() if config is None else config
     key = jax.random.key(0) if key is None else key
-    validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
-                             image_shape=params.arch.image_shape)
-    finite_weights(params)
+    _check(params, batch, config)
     given = jnp.asarray(batch.images, jnp.float32)
     warn_if_wrong(params, given, batch.labels)
     settings = config.resolve(len(given), params.arch.image_shape)
+    _check_survey(params, settings, survey)
     every = stretch(settings.epochs, every)
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
-    found = survey if settings.survey_steps else None
+    found = survey
     if settings.survey_steps and found is None:
         found = _jit_look(key, params, images, labels, settings)
     state, infos = _jit_init(params, settings, found), []
@@ -128,6 +128,29 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
         state = _jit_repair(key, state, params, images, labels, settings)
     history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return conclude(params, state, found, history, given)
+
+
+def _check(params: Params, batch: Batch, config: AWMConfig) -> None:
+    """What `purify` raises before it looks at anything."""
+    if not isinstance(config, AWMConfig):
+        raise TypeError(f"Expected config of type AWMConfig, got {type(config).__name__}.")
+    models.check(params.arch)
+    validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
+                             image_shape=params.arch.image_shape)
+    finite_weights(params)
+
+
+def _check_survey(params: Params, settings: Settings, survey: Survey | None) -> None:
+    """ValueError for one that is not made here, or of another network."""
+    if survey is None:
+        return
+    if not settings.survey_steps:
+        raise ValueError("Expected no survey: these settings, a variant other than 'distilled' or "
+                         "replay=0, make none. Leave it out.")
+    classes, shape = params.arch.num_classes, params.arch.image_shape
+    if survey.triggers.shape != (classes, *shape):
+        raise ValueError(f"Expected a survey of this network, with triggers "
+                         f"{[classes, *shape]}, got {list(survey.triggers.shape)}.")
 
 
 def run(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

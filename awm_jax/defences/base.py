@@ -207,6 +207,7 @@ class Defence:
 
     def checked(self, params: Params, batch: Batch | None) -> tuple[jax.Array, jax.Array]:
         """Images and labels as `run` takes them, once they and the weights are seen to be sound."""
+        models.check(params.arch)
         finite_weights(params)
         if self.needs == "nothing":
             batch = None
@@ -241,6 +242,15 @@ def norms_needed(arch: Arch) -> None:
                if isinstance(arch, ForeignArch) else "has none")
         raise ValueError(f"Expected a network with BatchNorm, {arch.name} {why}. Choose another "
                          "defence.")
+
+
+def classifier_needed(arch: Arch) -> None:
+    """ValueError for a network whose last layer has no name known here, as `norms_needed`."""
+    drawn = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
+    if "kernel" not in drawn.weights.get("dense", {}):
+        raise ValueError(f"Expected {arch.name} to end in a dense layer called 'dense', it has "
+                         f"{', '.join(drawn.weights)}. Choose another defence, or rename its last "
+                         "layer, in the weights too.")
 
 
 def finite_weights(params: Params) -> None:

@@ -10,8 +10,7 @@ from awm_jax import models, validate
 from awm_jax.defences.base import NORMS, Defence, by_path, map_weights, norms_needed
 from awm_jax.types import Params
 
-# Flax keeps BatchNorm's epsilon in the module, not in the weights; every network here uses this.
-_EPSILON = 1e-5
+_EPSILON = 1e-5  # BatchNorm's, in our networks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,8 @@ class CLPConfig:
         validate.at_least(0, u=self.u)
 
 
-def channel_lipschitz(kernel: jax.Array, scale: jax.Array, variance: jax.Array) -> jax.Array:
+def channel_lipschitz(kernel: jax.Array, scale: jax.Array, variance: jax.Array, *,
+                      epsilon: float | jax.Array = _EPSILON) -> jax.Array:
     """``sigma_max(W_c) * |gamma_c| / sqrt(v_c + eps)``, how much each channel can amplify.
 
     ``W_c`` is the part of the kernel that makes channel c, as a matrix ``[I, kh * kw]``; gamma and
@@ -43,6 +43,7 @@ def channel_lipschitz(kernel: jax.Array, scale: jax.Array, variance: jax.Array) 
       kernel: ``[kh, kw, I, O]``.
       scale: ``[O]``.
       variance: ``[O]``, >= 0.
+      epsilon: what the BatchNorm adds to it, >= 0.
 
     Returns:
       ``[O]``, >= 0.
@@ -54,10 +55,11 @@ def channel_lipschitz(kernel: jax.Array, scale: jax.Array, variance: jax.Array) 
     Reference: Zheng et al., ECCV 2022, "Data-free Backdoor Removal based on Channel Lipschitzness",
     section 4 (UCLC); the reshaping is its code's.
     """
-    return _bounds([(kernel, scale, variance)])[0]
+    return _bounds([(kernel, scale, variance, epsilon)])[0]
 
 
-def _bounds(layers: list[tuple[jax.Array, jax.Array, jax.Array]]) -> list[jax.Array]:
+def _bounds(layers: list[tuple[jax.Array, jax.Array, jax.Array, float | jax.Array]]
+            ) -> list[jax.Array]:
     """`channel_lipschitz` of several layers, whose eigenvalues come out of one call.
 
     Of two calls at once on two cores, each waits for ever: jaxlib's batched LAPACK blocks a worker
@@ -66,7 +68,7 @@ def _bounds(layers: list[tuple[jax.Array, jax.Array, jax.Array]]) -> list[jax.Ar
     # The largest eigenvalue of a [9, 9] matrix instead of an SVD of [I, 9]: accelerators have
     # fast batches of the former.
     grams = []
-    for kernel, _, _ in layers:
+    for kernel, _, _, _ in layers:
         height, width, channels_in, channels_out = kernel.shape
         matrices = kernel.reshape(height * width, channels_in, channels_out)
         grams.append(jnp.einsum("pio,qio->opq", matrices, matrices))
@@ -75,8 +77,9 @@ def _bounds(layers: list[tuple[jax.Array, jax.Array, jax.Array]]) -> list[jax.Ar
     padded = [jnp.pad(gram, ((0, 0), *((0, size - gram.shape[-1]),) * 2)) for gram in grams]
     largest = jnp.linalg.eigvalsh(jnp.concatenate(padded))[:, -1]
     ends = np.cumsum([len(gram) for gram in grams])[:-1]
-    return [jnp.sqrt(jnp.maximum(own, 0.0)) * jnp.abs(scale) / jnp.sqrt(variance + _EPSILON)
-            for own, (_, scale, variance) in zip(jnp.split(largest, ends), layers, strict=True)]
+    norms = (jnp.sqrt(jnp.maximum(own, 0.0)) for own in jnp.split(largest, ends))
+    return [norm * jnp.abs(scale) / jnp.sqrt(variance + epsilon)
+            for norm, (_, scale, variance, epsilon) in zip(norms, layers, strict=True)]
 
 
 def outliers(values: jax.Array, u: float) -> jax.Array:
@@ -95,7 +98,10 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     del key, images, labels
     weights, stats = by_path(params.weights), by_path(params.batch_stats)
     pairs = models.norm_inputs(params.arch)
-    layers = {norm: (weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"])
+    # A module's epsilon is told where it runs; of the run itself nothing is used.
+    told = models.norm_moments(params, jnp.zeros((1, *params.arch.image_shape)))
+    layers = {norm: (weights[f"{conv}/kernel"], weights[f"{norm}/scale"], stats[f"{norm}/var"],
+                     told[norm].epsilon if norm in told else _EPSILON)
               for norm, conv in pairs.items()}
     bounds = dict(zip(layers, _bounds(list(layers.values())), strict=True))
     pruned = {norm: outliers(bound, config.u) for norm, bound in bounds.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from awm_jax import models, validate
 from awm_jax.defences import chunks, tuning
-from awm_jax.defences.base import EVERYTHING, Defence
+from awm_jax.defences.base import EVERYTHING, Defence, classifier_needed
 from awm_jax.types import Params, Weights
 
 
@@ -21,7 +21,8 @@ class FinePruneConfig(tuning.TuneConfig):
       max_drop: pruning stops before the accuracy on held-out clean images falls by more than this
         share of what it was, in [0, 1] (0.1 is BackdoorBench's, which measures on test images).
       held_out: share of the clean images, drawn by the key, on which that is measured, in (0, 1];
-        at least one. The others rank the channels; all of them tune the network.
+        at least one and, of two or more, never all. The others rank the channels; all of them tune
+        the network.
 
     Raises:
       ValueError: a value outside its range.
@@ -132,7 +133,8 @@ def _accuracies(inputs: jax.Array, labels: jax.Array, dense: dict, ranks: jax.Ar
 
     def accuracy(count):
         logits = jnp.einsum("bpc,pck->bk", inputs * (ranks >= count)[None, None], kernel)
-        logits += dense["bias"][None]
+        if "bias" in dense:
+            logits += dense["bias"][None]
         return (logits.argmax(axis=1) == labels).mean()
 
     return jax.lax.map(accuracy, jnp.asarray(counts))
@@ -167,5 +169,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 fp = Defence(
     name="fp", method=_method, default=FinePruneConfig(), remit=EVERYTHING,
+    fits=classifier_needed,
     paper="Liu et al., RAID 2018, \"Fine-Pruning\", sections 3 and 4",
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from awm_jax import validate
 from awm_jax.defences import tuning
-from awm_jax.defences.base import EVERYTHING, Defence
+from awm_jax.defences.base import EVERYTHING, Defence, classifier_needed
 from awm_jax.types import Params
 
 
@@ -109,5 +109,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 fst = Defence(
     name="fst", method=_method, default=FSTConfig(), remit=EVERYTHING,
+    fits=classifier_needed,
     paper="FST (Min et al., NeurIPS 2023), and its published code",
 )

@@ -57,8 +57,8 @@ class IBAUConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, rounds=self.rounds, batch_size=self.batch_size,
-                          fixed_point_steps=self.fixed_point_steps)
+        validate.whole(1, rounds=self.rounds, batch_size=self.batch_size,
+                       fixed_point_steps=self.fixed_point_steps)
         validate.positive(lr=self.lr, inner_lr=self.inner_lr,
                           fixed_point_rate=self.fixed_point_rate)
         validate.at_least(0, penalty=self.penalty)

@@ -11,9 +11,6 @@ from awm_jax.defences import tuning
 from awm_jax.defences.base import EVERYTHING, Defence
 from awm_jax.types import Params, Weights
 
-# The share of the old statistics that BatchNorm keeps, in every network here.
-_KEPT = 0.9
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MCRConfig(tuning.TuneConfig):
@@ -25,8 +22,9 @@ class MCRConfig(tuning.TuneConfig):
     Args:
       epochs: passes over the clean images that train the curve, >= 1.
       end_epochs: passes that fine-tune the other end, >= 1 (100 in BackdoorBench).
-      t: which point of the curve is returned, in [0, 1]: 0 is the suspect network, 1 the fine-tuned
-        one. .3 in ANP's Tables 7-9, .1 in BackdoorBench.
+      t: which point of the curve is returned, in [0, 1]: 0 has the suspect network's weights, 1 the
+        fine-tuned one's; BatchNorm's statistics are the clean images' at each. .3 in ANP's
+        Tables 7-9, .1 in BackdoorBench.
 
     Raises:
       ValueError: a value outside its range.
@@ -38,7 +36,7 @@ class MCRConfig(tuning.TuneConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, end_epochs=self.end_epochs)
+        validate.whole(1, end_epochs=self.end_epochs)
         validate.between(0.0, 1.0, t=self.t)
 
 
@@ -67,8 +65,9 @@ def curve(start: Weights, middle: Weights, end: Weights, t: float | jax.Array) -
 def batch_statistics(key: jax.Array, params: Params, images: jax.Array, *, batch_size: int):
     """BatchNorm statistics of a network in training mode: means over one epoch of minibatches.
 
-    ``updated = .9 old + .1 new`` with ``old = 0`` gives ``new = updated / .1``. Weights between two
-    networks fit the running statistics of neither.
+    ``updated = k old + (1 - k) new``, so ``new = u(0) / (1 - k)`` with ``k = u(1) - u(0)``, u(x)
+    being what becomes of statistics that are x: each layer has a k of its own, .9 in our networks
+    and .99 by default in Flax. Weights between two networks fit the running statistics of neither.
 
     Args:
       key: PRNG key of order and dropout (which is as in training).
@@ -85,15 +84,19 @@ def batch_statistics(key: jax.Array, params: Params, images: jax.Array, *, batch
     """
     key_order, key_dropout = jax.random.split(key)
     order = tuning.minibatches(key_order, len(images), batch_size, 1)
-    blank = dataclasses.replace(params, batch_stats=jax.tree.map(jnp.zeros_like,
-                                                                 params.batch_stats))
+    keys = jax.random.split(key_dropout, len(order))
 
-    def one(inputs):
-        picks, key = inputs
+    def updated(old, picks, key):
+        stats = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), params.batch_stats)
+        blank = dataclasses.replace(params, batch_stats=stats)
         return models.apply_train(blank, images[picks], key=key)[1]
 
-    updated = jax.lax.map(one, (order, jax.random.split(key_dropout, len(order))))
-    return jax.tree.map(lambda leaf: leaf.mean(axis=0) / (1 - _KEPT), updated)
+    def scale(one, zero):  # one number a layer; of its channels, none is large beside the median
+        return 1 / (1 - jnp.median(one - zero))
+
+    scales = jax.tree.map(scale, *(updated(old, order[0], keys[0]) for old in (1.0, 0.0)))
+    every = jax.lax.map(lambda inputs: updated(0.0, *inputs), (order, keys))
+    return jax.tree.map(lambda leaf, scale: leaf.mean(axis=0) * scale, every, scales)
 
 
 def curve_loss(start: Weights, end: Weights, weight_decay: float) -> tuning.Loss:

@@ -39,7 +39,8 @@ class NADConfig(tuning.TuneConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, teacher_epochs=self.teacher_epochs, power=self.power)
+        validate.whole(1, teacher_epochs=self.teacher_epochs)
+        validate.at_least(1, power=self.power)
         validate.at_least(0, first_beta=self.first_beta, beta=self.beta)
 
 

@@ -59,8 +59,8 @@ class NCConfig(tuning.TuneConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, search_epochs=self.search_epochs, patience=self.patience,
-                          search_batch_size=self.search_batch_size, chunk=self.chunk)
+        validate.whole(1, search_epochs=self.search_epochs, patience=self.patience,
+                       search_batch_size=self.search_batch_size, chunk=self.chunk)
         validate.positive(search_lr=self.search_lr, cost=self.cost, threshold=self.threshold)
         for name in ("cost_up", "cost_down"):
             if not getattr(self, name) > 1:

@@ -41,8 +41,9 @@ def ones(params: Params) -> Factors:
     """All neurons of a network, each with the factor 1.
 
     They are the BatchNorm channels. In a network without BatchNorm they are the output channels of
-    all convolutions and dense layers, but for dense layers as wide as there are classes: the last
-    one's outputs are classes, not neurons (the counts of ANP's Tables 5 and 6 leave them out too).
+    all convolutions and dense layers but the last one, whose outputs are classes, not neurons (the
+    counts of ANP's Tables 5 and 6 leave them out too): the one called ``dense``, in a network
+    without one all dense layers as wide as there are classes.
 
     Args:
       params: the network.
@@ -60,15 +61,22 @@ def ones(params: Params) -> Factors:
       (128,)
     """
     leaves = by_path(params.weights)
+
+    def classifies(path, leaf):
+        if "dense/kernel" in leaves:
+            return path == "dense/kernel"
+        return leaf.ndim == 2 and leaf.shape[-1] == params.arch.num_classes
+
     owners = _norms(params) or {
-        path.rpartition("/")[0]: leaf for path, leaf in leaves.items() if path.endswith("kernel")
-        and not (leaf.ndim == 2 and leaf.shape[-1] == params.arch.num_classes)}
+        path.rpartition("/")[0]: leaf for path, leaf in leaves.items()
+        if path.endswith("kernel") and not classifies(path, leaf)}
     if not owners:
         raise ValueError("Expected BatchNorm layers, convolutions or hidden dense layers to prune, "
                          f"found only: {', '.join(leaves)}.")
     weight = {layer: jnp.ones(leaf.shape[-1], leaf.dtype) for layer, leaf in owners.items()}
-    bias = {layer: jnp.ones_like(leaves[f"{layer}/bias"]) for layer in owners
-            if f"{layer}/bias" in leaves}
+    biases = {layer: leaves[f"{layer}/bias"] for layer in owners if f"{layer}/bias" in leaves}
+    # Over the last axis alone, as the weights': an attention's biases have two.
+    bias = {layer: jnp.ones(leaf.shape[-1], leaf.dtype) for layer, leaf in biases.items()}
     return Factors(weight, bias)
 
 
@@ -204,8 +212,8 @@ class PruneConfig:
                          tolerance=self.tolerance)
         if self.held_out in (0.0, 1.0):
             raise ValueError(f"Expected held_out={self.held_out} strictly between 0 and 1.")
-        validate.at_least(0, number=self.number)
-        validate.at_least(1, candidates=self.candidates)
+        validate.whole(0, number=self.number)
+        validate.whole(1, candidates=self.candidates)
 
 
 def hold_out(key: jax.Array, count: int, config: PruneConfig) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import optax
 
 from awm_jax import losses, models, validate
 from awm_jax.defences import chunks, tuning
-from awm_jax.defences.base import Defence, Remit
+from awm_jax.defences.base import Defence, Remit, classifier_needed
 from awm_jax.types import Params
 
 
@@ -42,7 +42,7 @@ class NGDConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, steps=self.steps, batch_size=self.batch_size)
+        validate.whole(1, steps=self.steps, batch_size=self.batch_size)
         validate.positive(lr=self.lr, damping=self.damping)
         validate.at_least(0, eta=self.eta)
 
@@ -134,8 +134,8 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     overshoot, ever farther, wherever features are long.
     """
     dense = params.weights["dense"]
-    start = jnp.concatenate([dense["kernel"], dense["bias"][None]])
-    features = _features(params, images, config.batch_size)
+    start = jnp.concatenate([dense["kernel"], *(dense[k][None] for k in dense if k == "bias")])
+    features = _features(params, images, config.batch_size)[:, :len(start)]
     importance = config.eta * fisher_diagonal(features, _errors(start, features, labels))
     damping = config.damping + importance
     epochs = tuning.passes(config.steps, len(images), config.batch_size)
@@ -153,7 +153,9 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
         return (optax.apply_updates(theta, updates), opt_state), value
 
     (theta, _), values = jax.lax.scan(step, (start, rule.init(start)), order)
-    weights = {**params.weights, "dense": {"kernel": theta[:-1], "bias": theta[-1]}}
+    width = len(dense["kernel"])
+    found = {"kernel": theta[:width], "bias": theta[-1]}
+    weights = {**params.weights, "dense": {name: found[name] for name in dense}}
     return dataclasses.replace(params, weights=weights), {
         "loss": values, "moved": jnp.linalg.norm(theta - start)}
 
@@ -161,5 +163,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 ngd = Defence(
     name="ngd", method=_method, default=NGDConfig(),
     remit=Remit(lambda path, leaf: path.startswith("dense/"), False),
+    fits=classifier_needed,
     paper="NGF (Karim et al. 2023, arXiv 2306.17441; NGD in FT-SAM's Table 5)",
 )

@@ -52,12 +52,12 @@ class RNPConfig(PruneConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, unlearn_steps=self.unlearn_steps, recover_steps=self.recover_steps,
-                          batch_size=self.batch_size)
+        validate.whole(1, unlearn_steps=self.unlearn_steps, recover_steps=self.recover_steps,
+                       batch_size=self.batch_size)
         validate.positive(unlearn_lr=self.unlearn_lr, recover_lr=self.recover_lr,
                           clip_norm=self.clip_norm)
         validate.between(0.0, 1.0, floor=self.floor, momentum=self.momentum)
-        validate.at_least(0, crop=self.crop)
+        validate.whole(0, crop=self.crop)
 
 
 def unlearn(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

@@ -44,7 +44,7 @@ class SAUConfig(tuning.MinibatchConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
-        validate.at_least(1, ascent_steps=self.ascent_steps)
+        validate.whole(1, ascent_steps=self.ascent_steps)
         validate.positive(lr=self.lr, radius=self.radius, ascent_lr=self.ascent_lr)
         validate.at_least(0, fooling=self.fooling, sharing=self.sharing,
                           unlearning=self.unlearning)

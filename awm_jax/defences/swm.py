@@ -46,10 +46,12 @@ class SWMConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, steps=self.steps, batch_size=self.batch_size)
+        if isinstance(self.layers, list):  # the record is a static argument of `jit`: hashable
+            object.__setattr__(self, "layers", tuple(self.layers))
+        validate.whole(1, steps=self.steps, batch_size=self.batch_size)
         validate.positive(lr=self.lr, eps=self.eps)
         validate.between(0.0, 1.0, alpha=self.alpha)
-        validate.at_least(0, crop=self.crop)
+        validate.whole(0, crop=self.crop)
 
 
 def learn_masks(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

@@ -39,8 +39,8 @@ class MinibatchConfig:
 
     def __post_init__(self):
         """Checks every range before any work starts."""
-        validate.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
-        validate.at_least(0, crop=self.crop)
+        validate.whole(1, epochs=self.epochs, batch_size=self.batch_size)
+        validate.whole(0, crop=self.crop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

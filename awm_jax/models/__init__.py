@@ -45,9 +45,9 @@ def check(arch: Arch) -> None:
       arch: what is to be built.
 
     Raises:
-      ValueError: unknown ``arch.name``, fewer than 2 classes, or images under 8x8 (32x32 for
-        ``vgg19_bn``, 16x16 for ``cnn``; of a foreign module's images `Params.from_flax` has
-        seen that they fit).
+      ValueError: unknown ``arch.name``, fewer than 2 classes, a normalisation that does not fit the
+        channels, or images under 8x8 (32x32 for ``vgg19_bn``, 16x16 for ``cnn``; of a foreign
+        module's images `Params.from_flax` has seen that they fit).
 
     Example:
       >>> check(Arch(name='cnn', num_classes=10, image_shape=(8, 8, 3)))
@@ -55,7 +55,8 @@ def check(arch: Arch) -> None:
       ...
       ValueError: Expected images of 16x16 or more for cnn, got 8x8. Take larger ones, or ...
     """
-    validate.at_least(2, num_classes=arch.num_classes)
+    validate.whole(2, num_classes=arch.num_classes)
+    validate.normalisation(arch.mean, arch.std, arch.image_shape[2])
     if isinstance(arch, ForeignArch):
         return
     validate.choice(MODELS, arch=arch.name)
@@ -163,7 +164,8 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
     Returns:
       ``(logits [B, num_classes], {'block1': [B, h, w, c], ...}, batch_stats)``: the blocks in
       order, each after its last activation, before pooling (a fully connected layer is a block of
-      one pixel); the last one's channels are the features that the classifier sees.
+      one pixel; PreAct-ResNet's are raw sums, MobileNet's linear but for the last); the last one's
+      channels are the features that the classifier sees.
 
     Raises:
       ValueError: a foreign module that sows nothing.
@@ -310,7 +312,9 @@ def norm_inputs(arch: Arch) -> dict[str, str]:
 
 def _normalise(arch: Arch, images: jax.Array) -> jax.Array:
     """Subtracts the channel means and divides by the scales; the identity by default."""
-    if not any(arch.mean) and all(s == 1.0 for s in arch.std):
-        return images
-    mean, std = (jnp.asarray(v, images.dtype).reshape(1, 1, 1, -1) for v in (arch.mean, arch.std))
-    return (images - mean) / std
+    # Apart, as either may be left at its default, which has three channels.
+    if any(arch.mean):
+        images = images - jnp.asarray(arch.mean, images.dtype).reshape(1, 1, 1, -1)
+    if any(s != 1.0 for s in arch.std):
+        images = images / jnp.asarray(arch.std, images.dtype).reshape(1, 1, 1, -1)
+    return images

@@ -155,12 +155,7 @@ def _normalisation(mean: Any, std: Any, channels: int
                    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and scale as tuples; ValueError where they do not fit the channels."""
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    for scale in std:
-        validate.positive(std=scale)
-    used = any(mean) or any(s != 1.0 for s in std)  # the default is for any number of channels
-    if used and not len(mean) == len(std) == channels:
-        raise ValueError(f"Expected {mean=} and {std=} to have a number for each of {channels} "
-                         "channels.")
+    validate.normalisation(mean, std, channels)
     return mean, std
 
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from awm_jax.defences import DEFENCES, Status
 from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
-from awm_jax.types import Arch, Batch
+from awm_jax.types import Arch, Batch, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,3 +86,46 @@ def test_remits(tiny):
     assert allowed(NORMS) == {"bn1/scale", "bn1/bias", "bn2/scale", "bn2/bias"}
     assert allowed(WEIGHTS) == allowed(EVERYTHING) and len(allowed(WEIGHTS)) == 10
     assert EVERYTHING.batch_stats and not WEIGHTS.batch_stats
+
+
+class _Unnamed(nn.Module):
+    """Its last layer has a name of its own, or no bias."""
+
+    name_of_last: str
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.Conv(6, (3, 3))(x))
+        self.sow("intermediates", "block1", x)
+        return nn.Dense(4, use_bias=self.bias, name=self.name_of_last)(x.mean((1, 2)))
+
+
+def _foreign(net, batch):
+    variables = net.init(jax.random.key(0), batch.images)
+    return Params.from_flax(net, {"params": variables["params"]},
+                            image_shape=batch.images.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["fst", "ngd", "fp"])
+def test_what_works_on_the_last_layer_asks_for_its_name(name, tiny_batch):
+    with pytest.raises(ValueError, match="a dense layer called 'dense', it has Conv_0, head"):
+        DEFENCES[name](_foreign(_Unnamed("head"), tiny_batch), tiny_batch)
+
+
+@pytest.mark.parametrize("name, short", [("fst", {"epochs": 1}), ("ngd", {"steps": 2}),
+                                         ("fp", {"epochs": 1})])
+def test_a_last_layer_without_a_bias_will_do(name, short, tiny_batch):
+    defence, suspect = DEFENCES[name], _foreign(_Unnamed("dense", bias=False), tiny_batch)
+    found = defence(suspect, tiny_batch, config=dataclasses.replace(defence.default, **short))
+    assert found.status is not Status.NONFINITE
+    assert jax.tree.structure(found.params) == jax.tree.structure(suspect)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(found.params),
+                                              jax.tree.leaves(suspect), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 1.5}, {"batch_size": 2.0}, {"crop": 0.5}])
+def test_counts_are_integers(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"Expected {name}={value} to be an integer"):
+        DEFENCES["ft"].Config(**settings)

@@ -186,3 +186,26 @@ def test_remit_of_norms(path, inside):
 def test_refuses_bad_settings():
     with pytest.raises(ValueError, match="u=-1"):
         CLPConfig(u=-1)
+
+
+def test_epsilon_is_the_modules_own():
+    """A variance of 3 and an epsilon of 1: a deviation of 2, not of sqrt(3)."""
+
+    class Foreign(nn.Module):
+        def norm_inputs(self):
+            return {"norm": "conv"}
+
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            x = nn.Conv(4, (3, 3), name="conv")(x)
+            x = nn.BatchNorm(use_running_average=not train, epsilon=1.0, name="norm")(x)
+            return nn.Dense(2)(x.mean((1, 2)))
+
+    net = Foreign()
+    variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables["batch_stats"]["norm"]["var"] = jnp.full(4, 3.0)
+    params = Params.from_flax(net, variables, image_shape=(8, 8, 3))
+    kernel = np.asarray(params.weights["conv"]["kernel"], np.float64).reshape(9, 3, 4)
+    largest = np.linalg.svd(kernel.transpose(2, 0, 1), compute_uv=False)[:, 0]
+    found = defences.clp(params).info["lipschitz"]["norm"]
+    np.testing.assert_allclose(found, largest / 2, rtol=1e-4)

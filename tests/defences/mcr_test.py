@@ -12,16 +12,13 @@ from linear_network import linear_case
 from awm_jax import models
 from awm_jax.defences import tuning
 from awm_jax.defences.mcr import (
-    _KEPT,
     MCRConfig,
     _method,
     batch_statistics,
     curve,
     curve_loss,
 )
-from awm_jax.types import Arch
-
-_NETWORKS = tuple(models.MODELS)  # the library's, read before the tests register theirs
+from awm_jax.types import Params
 
 
 def test_curve_by_hand():
@@ -104,20 +101,33 @@ def test_evaluation_with_them_is_training_on_that_batch(tiny64, tiny_batch):
         np.testing.assert_allclose(evaluated[name], trained[name], rtol=1e-6, atol=1e-8)
 
 
-def test_every_network_keeps_that_share_of_its_statistics():
-    for name in _NETWORKS:
-        arch = Arch(name=name, num_classes=4, image_shape=(16, 16, 3))
-        kept = []
+class _Foreign(nn.Module):
+    """Somebody else's, whose BatchNorm layers keep other shares of their old statistics."""
 
-        def watch(call, args, kwargs, context, kept=kept):
-            if isinstance(context.module, nn.BatchNorm):
-                kept.append(context.module.momentum)
-            return call(*args, **kwargs)
+    kept: float
 
-        with nn.intercept_methods(watch):
-            jax.eval_shape(lambda arch=arch: models.module(arch).init(
-                jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False))
-        assert set(kept) == ({_KEPT} if models.norm_inputs(arch) else set()), name
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for kept in (self.kept, 0.5):
+            x = nn.Conv(5, (3, 3))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=kept)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.9, 0.99])
+def test_how_much_a_layer_keeps_is_its_own(kept, tiny_batch):
+    """Mean and variance of what the first convolution puts out, taken without the library."""
+    images = jnp.asarray(tiny_batch.images)
+    net = _Foreign(kept)
+    params = Params.from_flax(net, net.init(jax.random.key(0), images),
+                              image_shape=images.shape[1:])
+    stats = batch_statistics(jax.random.key(1), params, images, batch_size=len(images))
+    out = np.asarray(nn.Conv(5, (3, 3)).apply({"params": params.weights["Conv_0"]}, images))
+    np.testing.assert_allclose(stats["BatchNorm_0"]["mean"], out.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(stats["BatchNorm_0"]["var"], out.var((0, 1, 2)), rtol=1e-3)
+    fitted = dataclasses.replace(params, batch_stats=stats)
+    trained, _ = models.apply_train(params, images, key=jax.random.key(2))
+    np.testing.assert_allclose(models.apply(fitted, images), trained, atol=1e-3)
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])

@@ -12,7 +12,7 @@ from awm_jax import models
 from awm_jax.defences import neurons
 from awm_jax.defences.base import by_path
 from awm_jax.defences.neurons import Factors, PruneConfig
-from awm_jax.types import Arch
+from awm_jax.types import Arch, Params
 
 
 class LayerNormed(nn.Module):
@@ -204,3 +204,32 @@ def test_hold_out_only_where_asked():
 def test_settings_are_checked(settings, word):
     with pytest.raises(ValueError, match=word):
         PruneConfig(**settings)
+
+
+class _Attends(nn.Module):
+    """Attention, whose biases have an axis for the heads."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(8, (3, 3), name="conv")(x).reshape(len(x), -1, 8)
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attend")(x)
+        return nn.Dense(3, name="out")(x.mean(1))
+
+
+def test_a_bias_of_two_axes_has_a_factor_for_each_channel():
+    net = _Attends()
+    variables = net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    params = Params.from_flax(net, variables, image_shape=(4, 4, 3))
+    found = neurons.ones(params)
+    assert found.bias["attend/query"].shape == found.weight["attend/query"].shape == (4,)
+    twice = neurons.multiply(params, jax.tree.map(lambda f: 2 * f, found))
+    np.testing.assert_array_equal(twice.weights["attend"]["query"]["bias"],
+                                  2 * params.weights["attend"]["query"]["bias"])
+
+
+@pytest.mark.parametrize("name, classes, layers", [
+    ("mlp", 500, {"fc1", "fc2", "fc3", "fc4"}), ("cnn", 512, {"conv1", "conv2", "fc1"})])
+def test_hidden_layers_as_wide_as_there_are_classes_are_neurons(name, classes, layers):
+    arch = Arch(name=name, num_classes=classes, image_shape=(16, 16, 1))
+    drawn = jax.eval_shape(lambda k: models.create(k, arch), jax.random.key(0))
+    assert jax.eval_shape(neurons.ones, drawn).weight.keys() == layers

@@ -10,7 +10,7 @@ import numpy as np
 from awm_jax import models, projections, validate
 from awm_jax.defences import AWMConfig, awm_batches, awm_losses, awm_steps
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.base import finite_weights
+from awm_jax.defences.base import as_batch, sound_network
 from awm_jax.defences.neural_cleanse import anomaly_index
 from awm_jax.defences.survey import KEEPS_ABOVE, LEAST_DAMAGE, STAYS_BELOW, Survey
 from awm_jax.types import Batch, Params
@@ -179,13 +179,15 @@ def scan(params: Params, batch: Batch, *, key: jax.Array | None = None,
     Raises:
       ValueError: images that do not fit the network, NaN in images, weights or what the network
         gives, or a variant of AWM without a survey.
+      TypeError: no network or batch.
 
     Example: `scan(params, batch).score`.
     """
-    config = config or AWMConfig()
+    config = AWMConfig() if config is None else config
+    sound_network(params)
+    batch = as_batch(batch)
     validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
                              image_shape=params.arch.image_shape)
-    finite_weights(params)
     settings = config.resolve(len(batch.images), params.arch.image_shape)
     if not settings.survey_steps:
         raise ValueError(f"Expected a variant with a survey, {config.variant} has none.")

@@ -50,7 +50,8 @@ def _complete(arch: Arch | str | None, state: Mapping[str, Any],
     """An `Arch` from as much of it as is given; the last layer says how many classes."""
     if isinstance(arch, Arch):
         return arch
-    known = Arch(name=arch or detect(state), num_classes=2, image_shape=image_shape)
+    known = Arch(name=arch or detect(state), num_classes=2,
+                 image_shape=validate.image_shape(image_shape))
     last = [state[e.name] for e in entries(known, state)
             if e.path[:2] == ("weights", "dense") and e.name in state]
     num_classes = max([2, *(int(value.shape[0]) for value in last[:1] if value.ndim)])

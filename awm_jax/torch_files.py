@@ -1,5 +1,7 @@
 """PyTorch files: read without running anything in them, written by way of a temporary name."""
 
+import argparse
+import importlib
 import os
 import pathlib
 import pickle
@@ -7,6 +9,8 @@ import re
 import zipfile
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from awm_jax import torch_layouts
 
@@ -46,18 +50,31 @@ def read(path: str | os.PathLike) -> Any:
     try:
         if start == b"PK":
             _sound(path)
-        with path.open("rb") as file:  # by its name, PyTorch might take it for safetensors
+        # By its name, PyTorch might take it for safetensors.
+        with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
             f"{path} was refused: it is damaged or holds more than tensors"
             f"{f' ({named[1]})' if named else ''}, and loading that could run code of its "
-            "author's. Save the state_dict alone (torch.save(net.state_dict(), PATH)) where you "
-            "trust it."
+            "author's. Where you trust them: found = torch.load(PATH, weights_only=False), then "
+            "torch.save(found, OTHER) of the state_dict alone: found, found['state_dict'] or "
+            "found.state_dict()."
         ) from error
     except Exception as error:  # Python and PyTorch raise many kinds for a damaged file
         raise OSError(f"{path} is no whole PyTorch file: {in_one_line(error)}") from error
+
+
+def _harmless() -> list[Any]:
+    """What checkpoints hold beside tensors, scores and options, and what nothing is run by."""
+    multiarray = np.zeros(0).__reduce__()[0].__module__  # it moved between NumPy's versions
+    made_by = importlib.import_module(multiarray)
+    kinds = {type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"}
+    return [argparse.Namespace, np.dtype, np.ndarray, *sorted(kinds, key=str),
+            made_by._reconstruct, made_by.scalar,
+            *((getattr(made_by, name), f"numpy.{core}.multiarray.{name}")
+              for core in ("core", "_core") for name in ("_reconstruct", "scalar"))]
 
 
 def _sound(path: pathlib.Path) -> None:
@@ -75,19 +92,23 @@ def in_one_line(error: Exception) -> str:
 
 def _unwrap(content: Any) -> tuple[dict[str, Any], str | None]:
     """The state_dict in a checkpoint, and the name it goes by there."""
-    torch = pytorch()
-    for name in (None, *_WRAPPERS):
-        inner = content if name is None else content.get(name)
-        if isinstance(inner, dict) and inner and all(
-                isinstance(key, str) and isinstance(value, torch.Tensor)
-                for key, value in inner.items()):
-            return inner, name
-        if not isinstance(content, dict):
-            break
+    if _is_state(content):
+        return content, None
+    found = [name for name, inner in content.items() if isinstance(name, str) and _is_state(inner)
+             ] if isinstance(content, dict) else []
+    for name in (*_WRAPPERS, *(found if len(found) == 1 else ())):
+        if name in found:
+            return content[name], name
     raise ValueError(
         "Expected a state_dict or a dictionary with one under "
-        f"{', '.join(map(repr, _WRAPPERS))}; got {_describe(content)}."
+        f"{', '.join(map(repr, _WRAPPERS))}, or with one alone; got {_describe(content)}."
     )
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is a dictionary of tensors, and of some."""
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(key, str) and isinstance(leaf, pytorch().Tensor) for key, leaf in value.items())
 
 
 def _copies(content: Any, wrapper: str | None) -> tuple[str, ...]:
@@ -99,12 +120,9 @@ def _copies(content: Any, wrapper: str | None) -> tuple[str, ...]:
 
     if wrapper is None:
         return ()
-    torch, own = pytorch(), shapes(content[wrapper])
-    return tuple(
-        name for name, value in content.items()
-        if name != wrapper and isinstance(value, dict) and value
-        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
-        and shapes(value) == own)
+    own = shapes(content[wrapper])
+    return tuple(name for name, value in content.items()
+                 if name != wrapper and _is_state(value) and shapes(value) == own)
 
 
 def copies(path: str | os.PathLike) -> tuple[str, ...]:
@@ -137,8 +155,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Any]:
 
     Args:
       path: a .pth or .pt file: a state_dict, or a dictionary that holds one as ``net``,
-        ``state_dict``, ``model`` or ``model_state_dict``; what wrappers put before all
-        names is dropped, see `awm_jax.torch_layouts.prefix`.
+        ``state_dict``, ``model`` or ``model_state_dict``, or a single one by another name; what
+        wrappers put before all names is dropped, see `awm_jax.torch_layouts.prefix`.
 
     Returns:
       Names to tensors.

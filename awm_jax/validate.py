@@ -58,7 +58,7 @@ def whole(minimum: int, **named: Any) -> None:
 def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     """Raises ValueError unless means (or zeros) and scales > 0 (or ones) fit the channels.
 
-    Zeros and ones, the defaults, do so in any number.
+    Zeros and ones, the defaults, do so in any number. Means over 1 are of images up to 255.
     """
     for name, given, nothing in (("mean", mean, 0.0), ("std", std, 1.0)):
         wrong = np.ndim(given) != 1 or not all(_finite(name, value) for value in given) or (
@@ -66,6 +66,18 @@ def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) ->
         if wrong or (len(given) != channels and any(value != nothing for value in given)):
             raise ValueError(f"Expected {name}={given} to be {channels} "
                              f"{'numbers' if name == 'mean' else 'numbers > 0'}, one a channel.")
+    if len(mean) and max(mean) > 1:
+        raise ValueError(f"Expected {mean=} of images in [0, 1]. Divide it and std by 255.")
+
+
+def image_shape(shape: Any) -> tuple[int, int, int]:
+    """``(height, width, channels)`` as integers; ValueError for what is none."""
+    found = tuple(shape) if np.ndim(shape) == 1 else ()
+    if len(found) != 3 or not all(float(n).is_integer() and n >= 1 for n in found):
+        raise ValueError(f"Expected image_shape={shape} to be (height, width, channels), each at "
+                         "least 1.")
+    height, width, channels = map(int, found)
+    return height, width, channels
 
 
 def labelled_images(images: Any, labels: Any, *, num_classes: int,
@@ -75,12 +87,14 @@ def labelled_images(images: Any, labels: Any, *, num_classes: int,
     Reads the arrays on the host: call it outside `jit`.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    if images.ndim != 4 or images.shape[1:] != tuple(image_shape):
-        raise ValueError(
-            f"Expected images of shape [B, {', '.join(map(str, image_shape))}] "
-            f"(batch, height, width, channels), got {list(images.shape)}. "
-            "PyTorch's [B, C, H, W] needs images.transpose(0, 2, 3, 1)."
-        )
+    shape = tuple(image_shape)
+    if images.ndim != 4 or images.shape[1:] != shape:
+        advice = ("One image is images[None]." if images.shape == shape else
+                  "PyTorch's [B, C, H, W] needs images.transpose(0, 2, 3, 1)."
+                  if images.ndim == 4 and images.shape[1] == shape[2] else
+                  "Resize or convert them.")
+        raise ValueError(f"Expected images of shape [B, {', '.join(map(str, shape))}] (batch, "
+                         f"height, width, channels), got {list(images.shape)}. {advice}")
     if len(images) == 0:
         raise ValueError("Expected at least one image, got an empty batch.")
     if not np.issubdtype(images.dtype, np.floating):

@@ -4,14 +4,18 @@ import argparse
 import pathlib
 
 from awm_jax import attacks, data, models
+from awm_jax.command import normalisation
 from awm_jax.command.options import GOES_ON as GOES_ON
 from awm_jax.command.options import OneLine, image_size, positive, run, seed
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
-from experiments import presets
+from experiments import presets, scene
 
 __all__ = ["check", "fresh_option", "image_size", "load", "parser", "positive", "run", "samples",
            "scene_parser", "several_samples"]
+
+
+_MODE, _RATIO = "add", 0.1  # of a --trigger, unless told otherwise
 
 
 def samples(text: str) -> str | int:
@@ -99,8 +103,8 @@ def check(args: argparse.Namespace) -> None:
 
     Raises:
       FileNotFoundError: ``--checkpoint`` or ``--trigger`` is not there.
-      ValueError: several attacks beside either, which is of one; or ``--benign``, where a command
-        has it, beside ``--checkpoint``.
+      ValueError: several attacks beside either, which is of one; beside ``--checkpoint`` options
+        of training, or ``--benign``, where a command has it; or options of either without it.
     """
     if args.checkpoint is not None and not args.checkpoint.exists():
         raise FileNotFoundError(f"Expected a network at {args.checkpoint}, found nothing there.")
@@ -111,11 +115,20 @@ def check(args: argparse.Namespace) -> None:
     if args.trigger is not None and args.target is None:
         raise ValueError("Expected --target beside --trigger: a picture does not tell which class "
                          "it leads to.")
+    if args.trigger is None and (args.trigger_mode, args.blend_ratio) != (_MODE, _RATIO):
+        raise ValueError("Expected --trigger beside --trigger_mode or --blend_ratio, which are of "
+                         "its PNG alone. Leave them out, or name one.")
+    if args.checkpoint is None and args.normalise is not None:
+        raise ValueError("Expected --checkpoint beside --normalise: what is trained here takes "
+                         "images as they are. Leave it out.")
     if args.checkpoint is not None and len(args.attack) > 1:
         raise ValueError("Expected one --attack beside --checkpoint: a network carries one.")
     if args.checkpoint is not None and getattr(args, "benign", False):
         raise ValueError("Expected no --checkpoint beside --benign: how that network was trained "
                          "is not known, so none can be trained alike without a backdoor.")
+    if args.checkpoint is not None and (args.epochs, args.poison_rate) != (None, None):
+        raise ValueError("Expected no --epochs or --poison_rate beside --checkpoint: that network "
+                         "is trained already. Leave them out.")
 
 
 def load(args: argparse.Namespace) -> Dataset:
@@ -131,6 +144,8 @@ def load(args: argparse.Namespace) -> Dataset:
         _tell(dataset)
     if args.checkpoint is None:
         presets.of(dataset)  # refuses what is too small to train on
+    else:
+        args.arch = scene.arch_of(args, dataset).name
     if args.target is not None and not 0 <= args.target < dataset.num_classes:
         raise ValueError(f"Expected --target={args.target} in 0..{dataset.num_classes - 1}.")
     return dataset
@@ -177,26 +192,30 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
                      help="seed of trigger, poisoning and training (default: %(default)s)")
     net.add_argument("--checkpoint", type=pathlib.Path,
                      help="a backdoored network of somebody else instead of training one: a "
-                     "PyTorch .pth file or an Orbax directory; --attack or --trigger says what "
-                     "to test")
+                     "PyTorch .pth file, .safetensors or an Orbax directory, whose tensors tell "
+                     "--arch; --attack or --trigger says what to test")
+    net.add_argument("--normalise", metavar="NAME|MEAN/STD",
+                     help="what that network's images in [0, 1] are normalised by: "
+                     f"{', '.join(normalisation.KNOWN)}, or MEAN/STD, such as .5,.5,.5/.2,.2,.2 "
+                     "(default: what an Orbax directory says, else nothing)")
     net.add_argument("--trigger", type=pathlib.Path,
                      help="PNG of the trigger instead of --attack's own; as large as the images, "
                      "or of any size to be mixed in")
-    net.add_argument("--trigger_mode", choices=("add", "stamp", "blend"), default="add",
+    net.add_argument("--trigger_mode", choices=("add", "stamp", "blend"), default=_MODE,
                      help="add the PNG and clip, paste its non-black pixels, or mix it in "
                      "(default: %(default)s)")
-    net.add_argument("--blend_ratio", type=_rate, default=0.1,
+    net.add_argument("--blend_ratio", type=_rate, default=_RATIO,
                      help="its share of the mixture (default: %(default)s)")
     net.add_argument("--target", type=int,
                      help="the class the trigger leads to (default: the attack's own)")
     return p
 
 
-def fresh_option(p: argparse.ArgumentParser) -> None:
-    """Adds ``--fresh``, of the commands that keep `experiments.resuming.Rows`.
+def fresh_option(p) -> None:
+    """Adds ``--fresh``.
 
     Args:
-      p: the command's parser.
+      p: the command's parser, or a group of its options.
     """
     p.add_argument("--fresh", action="store_true",
                    help="begin anew instead of going on; what the directory held is renamed")
@@ -245,8 +264,7 @@ def parser() -> argparse.ArgumentParser:
     out = p.add_argument_group("output")
     out.add_argument("--out", type=pathlib.Path,
                      help="run directory (default: runs/oneshot-DATASET-ARCH)")
-    out.add_argument("--fresh", action="store_true",
-                     help="drop the results already in the run directory instead of resuming")
+    fresh_option(out)
     _sweep_options(p)
     p.set_defaults(variant="")
     return p

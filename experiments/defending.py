@@ -29,7 +29,7 @@ from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, pictures
 from awm_jax.types import Batch
 from experiments import presets, results
-from experiments.scene import Scene, file_digest
+from experiments.scene import Scene, network_digest
 
 _HISTORY_IMAGES = 500  # images that Figure 4's curves are drawn from; the table uses them all
 _INFO_SIZE = 200  # what a defence tells beyond so many numbers stays out of results.json
@@ -145,7 +145,7 @@ def defend(scene: Scene, name: str, seed: int, args, folder: pathlib.Path) -> di
 
 def _made_of(scene: Scene, name: str, args) -> str:
     """What decides a purified network beside its seed: network, trigger, images, settings."""
-    network = file_digest(args.checkpoint) if scene.spec is None else scene.spec.digest
+    network = network_digest(args) if scene.spec is None else scene.spec.digest
     return f"{network}-{args.samples}-{fingerprint(name, args, scene.dataset)}"
 
 

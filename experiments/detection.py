@@ -131,9 +131,9 @@ def table(rows: list[dict]) -> str:
 
 def run(args: argparse.Namespace) -> list[dict]:
     """The whole job; returns the rows of networks.json."""
-    dataset = cli.load(args)
     if args.checkpoint is not None:
         raise ValueError("Expected no --checkpoint: `python -m awm_jax scan` scans one network.")
+    dataset = cli.load(args)
     scene.check(args, dataset, (args.samples,))
     folder = args.out or pathlib.Path("runs") / f"detection-{dataset.name}-{args.arch}"
     rows: list[dict] = []

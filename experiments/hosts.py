@@ -83,4 +83,6 @@ def results_files(folder: pathlib.Path) -> list[pathlib.Path]:
       []
     """
     alone = folder / "results.json"
-    return [*([alone] if alone.is_file() else []), *sorted(folder.glob("results-host*[0-9].json"))]
+    # Not what `results.set_aside` renamed.
+    several = [path for path in folder.glob("results-host*.json") if path.name.count(".") == 1]
+    return [*([alone] if alone.is_file() else []), *sorted(several)]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from awm_jax import metrics
+from awm_jax import metrics, validate
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
@@ -69,6 +69,16 @@ def _variants(name: str, args) -> list[argparse.Namespace]:
         for point in itertools.product(*axes)]
 
 
+def _check(args) -> None:
+    """ValueError for options of which one would silently win."""
+    both = {name for name, _ in args.set or ()} & {name for name, _ in args.grid or ()}
+    if both:
+        raise ValueError(f"Expected {', '.join(sorted(both))} in --set or in --grid, not in both.")
+    if args.chunk is not None and args.sweep == "off":
+        raise ValueError(f"Expected no --chunk={args.chunk} beside --sweep off: purifications are "
+                         "done one by one.")
+
+
 class _Cells:
     """Counts finished cells and says how long the rest may take."""
 
@@ -89,6 +99,7 @@ class _Cells:
 def run(args) -> dict:
     """The whole job; returns what results.json holds, of one of several hosts its own."""
     hosts.join(args)
+    _check(args)
     dataset = cli.load(args)
     scene.check(args, dataset, (args.samples,))
     names = _defences(args, dataset)
@@ -96,6 +107,7 @@ def run(args) -> dict:
              for attack in args.attack for name in names for variant in _variants(name, args)
              for seed in range(args.seeds)]
     folder = args.out or pathlib.Path("runs") / f"oneshot-{dataset.name}-{args.arch}"
+    validate.writable(folder / "results.json")  # not after hours of training
     book = _Book(folder, args, dataset)
     mine = hosts.share(every)
     todo = [cell for cell in mine if cell.name not in book.known]
@@ -124,7 +136,7 @@ class _Book:
                       "command": " ".join(["python -m experiments.oneshot", *sys.argv[1:]])}
         if args.fresh and hosts.first():
             for path in hosts.results_files(folder):
-                path.unlink()
+                results.set_aside(path)
         hosts.wait("fresh")
         self._mine: dict[str, dict] = results.read_cells(self.path, *self._kind)
         self.read()

@@ -1,6 +1,6 @@
 """Render the papers' tables and figures from what has been run, the papers' numbers beside ours.
 
-    python -m experiments.report --runs runs/tables --out docs/results
+    python -m experiments.report --runs runs/tables --out runs/report
 
 Writes a Markdown file a table and a figure, one page of HTML with all of them, a README.md that
 says how many cells there are and how many pass, and figures.json: the numbers alone, small enough
@@ -162,6 +162,9 @@ def _front(held: Kept, drawn: Rows, findings: pathlib.Path) -> Page:
 def run(args: argparse.Namespace) -> None:
     """Writes everything; a reader never sees half a file."""
     path = args.out / "figures.json"
+    if not args.runs.is_dir() and not path.exists():
+        raise FileNotFoundError(f"Expected runs of experiments.tables in {args.runs} (--runs), or "
+                                f"{path} of an earlier report (--out), found neither.")
     held = kept.collect(args.runs, kept.read(path))
     results.write_json(path, held._asdict())
     every = {name: _page(name, held.cells) for name in TABLES}
@@ -183,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
                                 "papers' tables and figures from what has been run.")
     p.add_argument("--runs", type=pathlib.Path, default=tables.RUNS,
                    help="run directories of experiments.tables (default: %(default)s)")
-    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results"),
-                   help="where the pages go (default: %(default)s)")
+    p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/report"),
+                   help="where the pages go; what figures.json there has of earlier runs stays "
+                   "among them (default: %(default)s; this repository's are in docs/results)")
     args = p.parse_args(argv)
     return cli.run("experiments.report", lambda: run(args))
 

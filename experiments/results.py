@@ -123,7 +123,8 @@ def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
         return {}
     if kind != (dataset, arch):
         raise ValueError(f"Expected {path} to hold runs of {dataset}, {arch}; it has runs of "
-                         f"{', '.join(kind)}. Choose another --out, or drop them with --fresh.")
+                         f"{', '.join(kind)}. Choose another --out, or put them aside with "
+                         "--fresh.")
     return cells
 
 

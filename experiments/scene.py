@@ -8,8 +8,9 @@ import pathlib
 import jax
 import numpy as np
 
-from awm_jax import attacks, checkpoint, metrics, models
+from awm_jax import attacks, formats, metrics, models
 from awm_jax.attacks import Attack
+from awm_jax.command import normalisation
 from awm_jax.data import Dataset, splits
 from awm_jax.types import Arch, Batch, Params
 from experiments import networks, presets
@@ -106,20 +107,19 @@ def alone(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
 
 
 def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
-    """A network of somebody else: Orbax directory or PyTorch file."""
-    if path.is_dir():
-        params = checkpoint.load(path)[0]
-    else:
-        from awm_jax import torch_compat
-
-        params = torch_compat.load(path, Arch(name=args.arch, num_classes=dataset.num_classes,
-                                              image_shape=dataset.train_images.shape[1:]))
+    """A network of somebody else, its normalisation within."""
+    shape, digest = tuple(dataset.train_images.shape[1:]), file_digest(path)
+    try:
+        params = _read_checkpoint(path, digest, shape[:2])
+    except ValueError:  # said below, if it is the size
+        params = _read_checkpoint(path, digest, None)
+    if args.normalise is not None:
+        params = normalisation.with_known(params, args.normalise)
     if params.arch.num_classes != dataset.num_classes:
         raise ValueError(
             f"Expected a network with {dataset.num_classes} classes for {dataset.name}, "
             f"got {params.arch.num_classes} in {path}."
         )
-    shape = dataset.train_images.shape[1:]
     if tuple(params.arch.image_shape) != shape:
         raise ValueError(f"Expected a network for images of {shape} as in {dataset.name}, the one "
                          f"in {path} is for {tuple(params.arch.image_shape)}. Images of "
@@ -127,10 +127,31 @@ def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     return params
 
 
+@functools.lru_cache(maxsize=2)
+def _read_checkpoint(path: pathlib.Path, digest: str, size: tuple[int, int] | None) -> Params:
+    """What a file holds, read once for all who ask."""
+    del digest
+    return formats.read(path, image_size=size)[0]
+
+
+def _tell_if_wrong(on_stage: Scene) -> None:
+    """A line where a file's network gets half of some clean images wrong: it is hardly its fault.
+
+    They are the defender's, of which a few hundred are looked at.
+    """
+    chosen = on_stage.split.pool_indices[:_CHUNK]
+    found = metrics.predict(on_stage.params, on_stage.dataset.test_images[chosen])
+    right = int((found == on_stage.dataset.test_labels[chosen]).sum())
+    if 2 * right <= len(chosen):
+        print(f"{on_stage.name} gives {right} of {len(chosen)} clean images their class. Were its "
+              "images normalised in training (--normalise), are classes and colours in this order?",
+              flush=True)
+
+
 def arch_of(args, dataset: Dataset) -> Arch:
     """The architecture of the command's network, the one that it was saved with if there is one."""
-    if args.checkpoint is not None and args.checkpoint.is_dir():
-        return checkpoint.load(args.checkpoint)[0].arch
+    if args.checkpoint is not None:
+        return _checkpoint_params(args.checkpoint, args, dataset).arch
     return Arch(name=args.arch, num_classes=dataset.num_classes,
                 image_shape=tuple(dataset.train_images.shape[1:]))
 
@@ -177,6 +198,12 @@ def untrained(name: str, args, dataset: Dataset) -> Attack:
                         dataset.num_classes, target=args.target)
 
 
+def network_digest(args) -> str:
+    """Letters for the network of ``--checkpoint``, as it is read."""
+    normalised = "" if args.normalise is None else f"-{args.normalise.replace('/', '_')}"
+    return file_digest(args.checkpoint) + normalised
+
+
 def file_digest(path: pathlib.Path) -> str:
     """Eight letters for what a file, or all files of a directory, hold: names are used again."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
@@ -211,7 +238,7 @@ def network_name(attack: str, args, dataset: Dataset) -> str:
     epochs = args.epochs or presets.epochs(dataset, attack)
     network = (f"e{epochs}-p{rate(attack, args)}-s{args.network_seed}"
                if args.checkpoint is None else
-               f"{args.checkpoint}-{file_digest(args.checkpoint)}")
+               f"{args.checkpoint}-{network_digest(args)}")
     trigger = "" if args.trigger is None else f"/{picture_name(args)}"
     target = "" if args.target is None else f"/t{args.target}"
     return f"{attack}{trigger}{target}/{network}"
@@ -283,7 +310,9 @@ def make(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
     if args.checkpoint is not None:
         params = _checkpoint_params(args.checkpoint, args, dataset)
         label = f"{args.checkpoint.stem}:{attack.name}"
-        return Scene(label, params, attack, dataset, split, None)
+        on_stage = Scene(label, params, attack, dataset, split, None)
+        _tell_if_wrong(on_stage)
+        return on_stage
     params = networks.get_network(spec, dataset, cache, attack)
     attack = networks.learnt(spec, dataset, cache, attack)
     return Scene(attack.name, params, attack, dataset, split, spec)

@@ -253,6 +253,10 @@ def _next(left: list[Cell], estimates: Estimates, seconds: float) -> tuple[Cell 
 
 def run(args: argparse.Namespace) -> int:
     """The whole job; returns how many cells are still missing."""
+    for name in _DATASETS:
+        where = getattr(args, f"{name}_dir")
+        if where is not None and not where.is_dir():
+            raise FileNotFoundError(f"Expected a folder at --{name}_dir={where}, found none.")
     estimates = Estimates(read(args.runs), args)
     left, ends = _missing(args), time.monotonic() + 60 * args.budget
     print(f"{len(left)} purifications are missing, about "

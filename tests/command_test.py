@@ -202,9 +202,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, wo
 
 
 def test_epochs_and_alpha_reach_the_defence(tiny):
-    args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0, repair=False)
+    args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0, repair=False,
+                                 flip=True)
     found = jobs._config(args, tiny.arch)
-    assert (found.variant, found.epochs, found.alpha) == ("official", 2, 0.0)
+    assert (found.variant, found.epochs, found.alpha, found.flip) == ("official", 2, 0.0, True)
+
+
+@pytest.mark.parametrize("name", ["ft", "anp", "awm_paper", "ibau", "clp"])
+def test_flip_reaches_every_defence_that_mirrors(tiny, name):
+    args = types.SimpleNamespace(defence=name, epochs=None, alpha=None, repair=False, flip=True)
+    found = jobs._config(args, tiny.arch)
+    assert getattr(found, "flip", True) and hasattr(found, "flip") == (name not in ("ibau", "clp"))
 
 
 @pytest.mark.parametrize("small, note", [(True, "repaired:"), (False, "not repaired:")])
@@ -230,6 +238,16 @@ def test_repair_is_awms_alone(desk, tmp_path, capsys):
                  str(tmp_path / "new"), "--defence", "fst", "--repair"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--repair" in err and "fst" in err and "awm" in err
+
+
+def test_a_defence_that_ends_in_nan_writes_nothing(desk, monkeypatch, tmp_path, capsys):
+    """What it gives back then is the suspect network."""
+    monkeypatch.setattr(jobs, "_other", lambda suspect, config, args: jobs.Purification(
+        suspect.params, Status.NONFINITE, {}, 1.0))
+    assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out",
+                 str(tmp_path / "new"), "--defence", "ft"]) == 2
+    err = capsys.readouterr().err
+    assert "ft" in err and "Nothing was written" in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["1.1", "-.1", "nan", "inf", "much"])
@@ -260,7 +278,9 @@ def _spoil(desk, folder):
 
 
 def test_normalisations_are_listed_and_can_be_numbers(capsys):
-    assert main(["scan", "x.pth", "--images", "y", "--normalise", "help"]) == 0
+    with pytest.raises(SystemExit) as ended:  # as --help, before anything that is missing
+        main(["scan", "--normalise", "help"])
+    assert ended.value.code == 0
     assert "\nimagenet (mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225)\n" in (
         capsys.readouterr().out)
     assert normalisation.moments("1,2,3/.5", 3) == ((1.0, 2.0, 3.0), (0.5, 0.5, 0.5))

@@ -395,3 +395,12 @@ def test_find_opens_no_image(tmp_path, monkeypatch):
     assert given.find(tmp_path / "set").names == ("0", "1")
     assert given.find(table).files == ((tmp_path / "csv" / "a.png").resolve(),)
     assert isinstance(given.find(table).root, pathlib.Path)
+
+
+def test_images_of_other_sizes_are_said_aloud(tmp_path):
+    for number, size in enumerate([(8, 10), (16, 10), (20, 24)]):
+        _image(tmp_path / str(number) / "a.png", size=size)
+    assert "of 2 other sizes, such as " in _read(tmp_path).note
+    assert "resized to 8x10" in _read(tmp_path).note
+    _image(tmp_path / "one" / "0" / "a.png")
+    assert "resized" not in _read(tmp_path / "one").note

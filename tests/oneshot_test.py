@@ -4,13 +4,16 @@ import dataclasses
 import json
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from awm_jax import attacks, checkpoint, data, metrics
+from awm_jax import attacks, checkpoint, data, formats, metrics, models
 from awm_jax.defences import DEFENCES
 from awm_jax.progress import waiting
-from experiments import defending, oneshot, results
-from experiments.cli import parser
+from awm_jax.types import Arch
+from experiments import defending, oneshot, results, scene
+from experiments.cli import load, parser
 
 
 @pytest.mark.parametrize("argv, word", [
@@ -46,6 +49,11 @@ def test_lists_and_all():
     (["--attack", "trojan_sq", "--poison_rate", ".0001"], "an image at least"),
     (["--attack", "multi", "--poison_rate", ".002"], "each of multi's triggers"),
     (["--attack", "wanet", "--poison_rate", ".6"], "wanet's cover"),
+    (["--trigger_mode", "blend"], "--trigger beside --trigger_mode"),
+    (["--normalise", "cifar10"], "--checkpoint beside --normalise"),
+    (["--checkpoint", ".", "--epochs", "2"], "no --epochs"),
+    (["--set", "lr=.1", "--grid", "lr=.2,.3", "--defence", "ft"], "lr in --set or in --grid"),
+    (["--sweep", "off", "--chunk", "2"], "no --chunk=2"),
     (["--arch", "mlp", "--defence", "clp"], "BatchNorm"),
     (["--arch", "mlp", "--defence", "nad,nft"], "more than one pixel")])
 def test_bad_input_ends_in_one_line_before_any_training(argv, word, capsys, tmp_path, monkeypatch):
@@ -214,3 +222,51 @@ def test_waiting_tells_and_stops(capsys):
     assert told.count("a job: running for 0 s\n") >= 2
     time.sleep(0.15)
     assert capsys.readouterr().out == ""
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_training(tiny_dataset, capsys):
+    (tiny_dataset / "file").write_text("precious")
+    assert oneshot.main([*ARGV, "--out", str(tiny_dataset / "file")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert not (tiny_dataset / "cache" / "networks").exists()
+
+
+def test_fresh_puts_aside_what_was_there(tiny_dataset, capsys):
+    """Others' cells, too, which this command would not make again."""
+    out, other = tiny_dataset / "run", {"cells": {"a": {}}, "dataset": "digits", "arch": "cnn"}
+    out.mkdir()
+    results.write_json(out / "results.json", other)
+    argv = [*ARGV, "--defence", "clp", "--seeds", "1", "--out", str(out), "--fresh"]
+    assert oneshot.main(argv) == 0
+    assert json.loads((out / "results.earlier.json").read_text()) == other
+    assert len(json.loads((out / "results.json").read_text())["cells"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["orbax", "pytorch", "safetensors"])
+def test_a_file_tells_its_architecture_and_may_be_normalised(kind, tmp_path, monkeypatch, capsys):
+    """What it is given as (image - .5) / .25 is what a network of plain images does on them."""
+    if kind == "pytorch":
+        pytest.importorskip("torch")
+    dataset = data.load("digits")
+    arch = Arch(name="cnn" if kind == "orbax" else "small_vgg", num_classes=10,
+                image_shape=dataset.train_images.shape[1:])
+    params = models.create(jax.random.key(0), arch)
+    checkpoint.save(tmp_path / "net", params)
+    path = tmp_path / {"orbax": "net", "pytorch": "net.pth", "safetensors": "n.safetensors"}[kind]
+    if kind != "orbax":
+        formats.write(path, params, formats.Source(tmp_path / "net", "orbax", ()))
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None, **options: dataset)
+    argv = ["--arch", "resnet18", "--checkpoint", str(path), "--normalise"]
+    plain, moved = (parser().parse_args([*argv, text]) for text in ("none", ".5/.25"))
+    found = []
+    for args in (plain, moved):
+        assert load(args) is dataset and args.arch == arch.name
+        found.append(scene.make("badnets", args, dataset, tmp_path / "cache"))
+    assert "clean images their class. Were its images normalised" in capsys.readouterr().out
+    images = dataset.test_images[:4].astype(np.float32) / 255
+    np.testing.assert_allclose(models.apply(found[1].params, images),
+                               models.apply(params, (images - 0.5) / 0.25), atol=1e-4)
+    np.testing.assert_array_equal(models.apply(found[0].params, images),
+                                  models.apply(params, images))
+    assert scene.network_name("badnets", plain, dataset) != scene.network_name(
+        "badnets", moved, dataset)

@@ -1,5 +1,6 @@
 """PyTorch files in and out, logit for logit."""
 
+import argparse
 import os
 import pickle
 
@@ -316,3 +317,30 @@ def test_all_differences_are_listed(arch):
     assert "missing: features.3.bias; unexpected: extra; shape: " in message
     assert "features.0.weight (32, 27) instead of (32, 3, 3, 3)" in message
     assert "classifier.weight (4, 2000) instead of (4, 2048)" in message
+
+
+def test_what_checkpoints_hold_beside_tensors_is_read(tmp_path):
+    """Scores of NumPy's, options of argparse's; neither can run anything."""
+    state = Vgg(4).state_dict()
+    beside = {"acc": np.float64(0.9), "epoch": np.int64(3), "history": np.arange(3.0),
+              "args": argparse.Namespace(lr=0.1)}
+    for name in ("state_dict", "weights"):  # a single one may have any name
+        torch.save({name: state, **beside}, tmp_path / "net.pth")
+        assert torch_compat.load(tmp_path / "net.pth").arch.num_classes == 4
+    torch.save({"student": state, "teacher": state}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match="keys student, teacher"):
+        torch_compat.load(tmp_path / "two.pth")
+    objects = np.empty(1, object)
+    objects[0] = _Evil()
+    torch.save({"net": state, "more": objects}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="was refused"):
+        torch_compat.load(tmp_path / "evil.pth")
+    assert not os.path.exists("/tmp/awm_jax_was_here")
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"mean": 0.5}, "mean=0.5 to be 3 numbers"), ({"image_shape": (32, 32)}, "image_shape"),
+    ({"mean": (123.0, 116.0, 103.0), "std": (58.0, 57.0, 57.0)}, "Divide it and std by 255")])
+def test_what_does_not_describe_images_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        torch_compat.params_from_state_dict(Vgg(4).state_dict(), **options)

@@ -7,7 +7,30 @@ import pathlib
 import shlex
 import sys
 
-from awm_jax.command.options import FROM_THE_START, OneLine, image_size, positive, run, seed, share
+from awm_jax import models
+from awm_jax.command.options import (
+    FROM_THE_START,
+    OneLine,
+    able,
+    image_size,
+    positive,
+    run,
+    seed,
+    share,
+)
+
+
+class _Normalise(argparse.Action):
+    """Keeps what is given; 'help' lists what can be and ends, without the options a job needs."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """As argparse calls it."""
+        if values == "help":
+            from awm_jax.command import normalisation
+
+            print("\n".join(normalisation.listed().split("; ")))
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 def _shared(p: argparse.ArgumentParser) -> None:
@@ -19,10 +42,12 @@ def _shared(p: argparse.ArgumentParser) -> None:
                    help="clean images: a folder of each class, called by its number from 0 (or as "
                    "many folders as there are classes, in their order), or a CSV with columns "
                    "'file' and 'label'")
-    p.add_argument("--arch", help="architecture (default: told by the tensors' names)")
+    p.add_argument("--arch", metavar="NAME",
+                   help=f"architecture: {', '.join(models.MODELS)} (default: told by the tensors' "
+                   "names; for others there is Params.from_flax in Python)")
     p.add_argument("--image_size", type=image_size, metavar="N|HxW",
                    help="what the network takes (default: by its tensors, or how it then does)")
-    p.add_argument("--normalise", metavar="NAME|MEAN/STD",
+    p.add_argument("--normalise", metavar="NAME|MEAN/STD", action=_Normalise,
                    help="what images in [0, 1] are normalised by: none, imagenet, cifar10, ... or "
                    "MEAN/STD, such as .5,.5,.5/.2,.2,.2; 'help' lists them (default: told by "
                    "what the network then says of the images)")
@@ -51,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
                         help="the purified network; .pth, .safetensors, or a new directory "
                         "(Orbax); never what is there already")
     purify.add_argument("--defence", default="awm", metavar="NAME",
-                        help="what erases it (default: %(default)s, of which ten images suffice)")
+                        help=f"what erases it: {', '.join(able())} (default: %(default)s, of "
+                        "which ten images suffice)")
     purify.add_argument("--epochs", type=positive,
                         help="epochs of the defence, where it counts any (default: its own)")
     purify.add_argument("--alpha", type=share,
@@ -70,14 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(given)
 
-    if args.normalise == "help":
-        from awm_jax.command import normalisation
-
-        print("\n".join(normalisation.listed().split("; ")))
-        return 0
-
     def job():
-        from awm_jax.command import jobs  # JAX: not for --help
+        from awm_jax.command import jobs  # plots and pages: not for --help
 
         args.said = shlex.join(["python", "-m", "awm_jax", *given])
         (jobs.scan if args.command == "scan" else jobs.purify)(args)

@@ -16,6 +16,7 @@ import numpy as np
 from awm_jax import detection, formats, masks, metrics, programs, validate
 from awm_jax.command import changes, verdict
 from awm_jax.command import suspect as reading
+from awm_jax.command.options import able
 from awm_jax.command.suspect import Suspect, say
 from awm_jax.defences import DEFENCES, AWMConfig, Status, awm_purify
 from awm_jax.defences.survey import Survey
@@ -76,7 +77,8 @@ def purify(args: argparse.Namespace) -> None:
 
     Raises:
       OSError: files that cannot be read or written.
-      ValueError: options, a network or images that cannot be taken; nothing was written then.
+      ValueError: options, a network or images that cannot be taken, or a defence that ends in no
+        network; nothing was written then.
     """
     started = time.monotonic()
     _check_defence(args.defence)
@@ -90,6 +92,10 @@ def purify(args: argparse.Namespace) -> None:
             _other(suspect, config, args))
     for note in done.notes:
         say(f"  {note}")
+    if done.status is Status.NONFINITE:
+        raise ValueError(f"Expected {args.defence} to end in finite weights, they became NaN or "
+                         "infinite. Nothing was written. Choose another --defence, or give more "
+                         "images.")
     formats.write(args.out, done.params, suspect.source)
     say(f"{args.defence}: {done.status.name}, {done.status.advice}. The purified network is in "
         f"{args.out}.")
@@ -105,9 +111,8 @@ def purify(args: argparse.Namespace) -> None:
 
 def _check_defence(name: str) -> None:
     """ValueError for a defence that needs more than a few clean images."""
-    able = [n for n, d in DEFENCES.items() if d.needs != "training" and not d.ablation]
-    if name not in able:
-        raise ValueError(f"Expected --defence {name!r} to be one of: {', '.join(able)}.")
+    if name not in (names := able()):
+        raise ValueError(f"Expected --defence {name!r} to be one of: {', '.join(names)}.")
 
 
 def _config(args: argparse.Namespace, arch: Arch) -> Any:
@@ -125,6 +130,8 @@ def _config(args: argparse.Namespace, arch: Arch) -> Any:
             raise ValueError(f"Expected no --alpha={args.alpha} beside --defence {defence.name}: "
                              "it is AWM's. Leave it out, or choose --defence awm.")
         config = dataclasses.replace(config, alpha=args.alpha)
+    if args.flip and hasattr(config, "flip"):
+        config = dataclasses.replace(config, flip=True)
     if args.repair and args.defence != "awm":
         raise ValueError(f"Expected no --repair beside --defence {defence.name}: it is AWM's. "
                          "Leave it out, or choose --defence awm.")

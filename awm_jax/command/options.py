@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from awm_jax import programs
+from awm_jax.defences import DEFENCES
 
 
 def positive(text: str) -> int:
@@ -49,6 +50,11 @@ class OneLine(argparse.ArgumentParser):
     def error(self, message):
         """Prints the message and ends with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def able() -> list[str]:
+    """Defences that a few clean images are enough for, or none."""
+    return [n for n, d in DEFENCES.items() if d.needs != "training" and not d.ablation]
 
 
 GOES_ON = "Stopped. The same command goes on from here."

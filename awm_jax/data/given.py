@@ -153,6 +153,10 @@ def read(listing: Listing, *, num_classes: int, size: tuple[int, int], channels:
     labels = np.array([number[name] for name in listing.names], np.int32)
     note = (f"{count} image{'s' * (count > 1)} of {len(set(number.values()))} of {num_classes} "
             f"classes; {told}")
+    others = [size for size in sizes(listing) if size != (height, width)]
+    if others:
+        note += (f"; of {len(others)} other size{'s' * (len(others) > 1)}, such as "
+                 f"{others[0][0]}x{others[0][1]}, resized to {height}x{width}")
     if listing.skipped:
         note += f"; {listing.skipped} other files or folders were left out"
     return Given(images, labels, listing.files, note)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import models, validate
+from awm_jax import validate
 from awm_jax.defences import awm_batches, awm_repair, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig, Settings
 from awm_jax.defences.awm_losses import AWMInfo
 from awm_jax.defences.awm_steps import AWMState
-from awm_jax.defences.base import Status, agreement, finite_weights, warn_if_wrong
+from awm_jax.defences.base import Status, agreement, as_batch, sound_network, warn_if_wrong
 from awm_jax.defences.survey import Survey
 from awm_jax.types import Batch, Masks, Params
 
@@ -80,7 +80,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     Raises:
       ValueError: images that do not fit the network or lie outside [0, 1], labels out of range,
         NaN in images or weights, a survey of another network or beside a variant that makes none.
-      TypeError: another defence's config.
+      TypeError: another defence's config, or no network or batch.
 
     Warns (UserWarning) where the network gets half of the images or more wrong, as one does that
     expects other normalisation than ``params.arch`` says.
@@ -100,7 +100,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     """
     config = AWMConfig() if config is None else config
     key = jax.random.key(0) if key is None else key
-    _check(params, batch, config)
+    batch = _checked(params, batch, config)
     given = jnp.asarray(batch.images, jnp.float32)
     warn_if_wrong(params, given, batch.labels)
     settings = config.resolve(len(given), params.arch.image_shape)
@@ -130,14 +130,15 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     return conclude(params, state, found, history, given)
 
 
-def _check(params: Params, batch: Batch, config: AWMConfig) -> None:
-    """What `purify` raises before it looks at anything."""
+def _checked(params: Params, batch: Batch, config: AWMConfig) -> Batch:
+    """The batch; what `purify` raises before it looks at anything."""
     if not isinstance(config, AWMConfig):
         raise TypeError(f"Expected config of type AWMConfig, got {type(config).__name__}.")
-    models.check(params.arch)
+    sound_network(params)
+    batch = as_batch(batch)
     validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
                              image_shape=params.arch.image_shape)
-    finite_weights(params)
+    return batch
 
 
 def _check_survey(params: Params, settings: Settings, survey: Survey | None) -> None:

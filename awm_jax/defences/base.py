@@ -185,7 +185,7 @@ class Defence:
         Raises:
           ValueError: a network that it cannot work on (`fits`), no data where some are needed,
             data that do not fit the network or lie outside [0, 1], NaN in images or weights.
-          TypeError: images or labels of the wrong kind, or another defence's config.
+          TypeError: network, images or labels of the wrong kind, or another defence's config.
 
         Warns (UserWarning) where the network gets half of the clean images or more wrong.
         """
@@ -207,8 +207,7 @@ class Defence:
 
     def checked(self, params: Params, batch: Batch | None) -> tuple[jax.Array, jax.Array]:
         """Images and labels as `run` takes them, once they and the weights are seen to be sound."""
-        models.check(params.arch)
-        finite_weights(params)
+        sound_network(params)
         if self.needs == "nothing":
             batch = None
         elif batch is None:
@@ -216,7 +215,7 @@ class Defence:
                              + ("clean images." if self.needs == "clean" else "the training set."))
         if batch is None:
             return jnp.zeros((0, *params.arch.image_shape)), jnp.zeros(0, jnp.int32)
-        arch = params.arch
+        arch, batch = params.arch, as_batch(batch)
         images = np.asarray(batch.images)
         if self.needs == "training":
             validate.training_set(images, np.asarray(batch.labels), num_classes=arch.num_classes,
@@ -233,6 +232,23 @@ class Defence:
         if self.needs == "clean" and agreement(params, outcome.params, images) < 0.9:
             return Status.CLEAN_ACCURACY_LOST
         return Status.OK
+
+
+def sound_network(params: Any) -> None:
+    """TypeError for what is no network, ValueError for one that cannot be, or holds NaN."""
+    if not isinstance(params, Params):
+        raise TypeError(f"Expected a network as awm_jax.Params, got {type(params).__name__}: "
+                        "torch_compat.load and formats.read make one of a file, Params.from_flax "
+                        "of a Flax module.")
+    models.check(params.arch)
+    finite_weights(params)
+
+
+def as_batch(batch: Any) -> Batch:
+    """A batch, also of a pair of images and labels; TypeError for what is neither."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return Batch(*batch)
+    raise TypeError(f"Expected awm_jax.Batch(images, labels), got {type(batch).__name__}.")
 
 
 def norms_needed(arch: Arch) -> None:

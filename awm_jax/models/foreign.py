@@ -96,7 +96,7 @@ def params(module: nn.Module, variables: Mapping[str, Any], *, image_shape: tupl
     """
     module = _static(module)
     name = f"flax:{type(module).__name__}"
-    image_shape = _image_shape(image_shape)
+    image_shape = validate.image_shape(image_shape)
     mean, std = _normalisation(mean, std, image_shape[2])
     weights, batch_stats = _collections(name, variables)
     num_classes = _classes(module, name, {"params": weights, "batch_stats": batch_stats},
@@ -139,16 +139,6 @@ def _frozen(value: Any) -> Any:
         changed = {name: inner for name, inner in frozen.items() if inner is not fields[name]}
         return value.clone(**changed) if changed else value
     return value
-
-
-def _image_shape(image_shape: Any) -> tuple[int, int, int]:
-    """``(height, width, channels)`` as integers; ValueError for what is none."""
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(float(n).is_integer() and n >= 1 for n in shape):
-        raise ValueError(f"Expected image_shape={image_shape} to be (height, width, channels), "
-                         "each at least 1.")
-    height, width, channels = map(int, shape)
-    return height, width, channels
 
 
 def _normalisation(mean: Any, std: Any, channels: int

@@ -86,7 +86,7 @@ def _fled(params: Params, masks: Masks, images: jax.Array, labels: jax.Array,
 
 def _batches(state: AWMState, params: Params, settings: Settings):
     """``(key, images, labels) -> (images, labels)``: minibatches as the suspect wants them."""
-    boxes = small(state, params.arch.num_classes) if settings.survey_steps else False
+    boxes = settings.boxes and small(state, params.arch.num_classes)
     return lambda key, images, labels: awm_batches.minibatch(key, images, labels, settings,
                                                              boxes=boxes)
 

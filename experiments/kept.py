@@ -61,7 +61,7 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
             done = tables.result(cell, found, runs)
             if done is None:
                 continue
-            key = name(cell)
+            key = table_cells.name(cell)
             new = {"status": done["status"], "seconds": round(done["seconds"], 1),
                    "versions": {**found[tables.folder(cell, runs)]["versions"],
                                 # The run's last start may have had another precision.
@@ -73,20 +73,16 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
             same = all(old.get(k) == v for k, v in new.items())
             cells[key] = {**new,
                           "commit": done.get("commit", old["commit"] if same else commit),
+                          **({"fingerprint": done["fingerprint"]} if "fingerprint" in done else {}),
                           **({k: v for k, v in old.items() if k in _RECORDED} if same else {}),
                           **(_records(done) if key in recorded else {})}
     return Kept(cells, {**earlier.measured, **_measured(runs)})
 
 
-def name(cell: Cell) -> str:
-    """A cell's key in figures.json: what it is, whichever table it stands in."""
-    return "/".join(map(str, (cell.dataset, cell.arch, cell.attack, cell.samples,
-                              cell.column.defence, *cell.options, cell.seed)))
-
-
 def _recorded() -> set[str]:
     """The cells of which figures need more than scores."""
-    return {name(cell) for record in figure_cells.RECORDS.values() for cell in cells_of(record)}
+    return {table_cells.name(cell) for record in figure_cells.RECORDS.values()
+            for cell in cells_of(record)}
 
 
 def cells_of(record: figure_cells.Record) -> list[Cell]:
@@ -160,9 +156,9 @@ def places(plan: str, arch: str, cells: dict[str, Any]) -> dict[tuple, list[dict
     found: dict[tuple, list[dict]] = {}
     seeds = 1 + max((int(key.rpartition("/")[2]) for key in cells), default=0)
     for cell in table_cells.cells((plan,), seeds, arch):
-        if name(cell) in cells:
+        if (key := table_cells.name(cell)) in cells:
             place = (cell.attack, cell.samples, cell.column.heading)
-            found.setdefault(place, []).append(cells[name(cell)])
+            found.setdefault(place, []).append(cells[key])
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from awm_jax.report import figures
-from experiments import kept, proportions, results, tables, thresholds
+from experiments import kept, proportions, results, table_cells, tables, thresholds
 from experiments.figure_cells import FIGURES, MEASURED, RECORDS, Figure, Measured, Record
 from experiments.kept import Kept
 from experiments.pages import Heading, Page, Picture, Rows
@@ -48,7 +48,7 @@ def states(held: Kept) -> Rows:
                  for arch in kept.networks(name, held.cells)]
     for name, record in RECORDS.items():
         chosen = kept.cells_of(record)
-        found = sum(record.kept in held.cells.get(kept.name(cell), {}) for cell in chosen)
+        found = sum(record.kept in held.cells.get(table_cells.name(cell), {}) for cell in chosen)
         rows.append([f"[{record.title}]({name}.md)", chosen[0].arch, f"{found} of {len(chosen)}"])
     for name, one in MEASURED.items():
         found_in = [run["arch"] for run in _of(name, held.measured).values()]
@@ -123,7 +123,7 @@ def _record_page(name: str, record: Record, cells: dict[str, Any], out: pathlib.
     groups: dict[str, dict] = {}
     for cell in kept.cells_of(record):
         group = "" if record.joined else f"{cell.column.heading}, {cell.samples}"
-        groups.setdefault(group, {})[cell] = cells.get(kept.name(cell), {})
+        groups.setdefault(group, {})[cell] = cells.get(table_cells.name(cell), {})
     for number, (title, mine) in enumerate(groups.items()):
         if title:
             page.blocks.append(Heading(title))

@@ -6,7 +6,7 @@ from experiments import figure_cells, tables_anp, tables_awm, tables_ft_sam, tab
 from experiments.cells import Cell, Column, Samples, Scores, Table
 
 __all__ = ["OWN", "PLANS", "TABLES", "USUAL", "Cell", "Column", "Samples", "Scores", "Table",
-           "cells"]
+           "cells", "name"]
 
 TABLES = {**tables_awm.TABLES, **tables_anp.TABLES, **tables_ft_sam.TABLES}
 
@@ -44,3 +44,17 @@ def cells(names: tuple[str, ...], seeds: int, arch: str | None = None) -> Iterat
                         if not column.lacking and samples in (column.samples or (samples,)):
                             yield Cell(name, attack, samples, column, seed, table.dataset,
                                        table.network(arch), table.networks.get(attack, ()))
+
+
+def name(cell: Cell) -> str:
+    """A cell's key in figures.json: what it is, whichever table it stands in.
+
+    Args:
+      cell: of `cells`.
+
+    Example:
+      >>> name(next(cells(("awm8",), 1)))
+      'gtsrb/small_vgg/badnets/one-shot/anp/0'
+    """
+    return "/".join(map(str, (cell.dataset, cell.arch, cell.attack, cell.samples,
+                              cell.column.defence, *cell.options, cell.seed)))

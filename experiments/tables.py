@@ -218,9 +218,20 @@ def _current(cell: Cell, done: dict[str, Any], args: argparse.Namespace) -> bool
     return "fingerprint" not in done or done["fingerprint"] == _fingerprint(cell, args)
 
 
+def _known(path: pathlib.Path | None) -> dict[str, Any]:
+    """The cells of a report's figures.json, by `table_cells.name`; ValueError for another file."""
+    if path is None:
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected --known={path} to be a figures.json of experiments.report, it "
+                         f"cannot be read as one ({type(error).__name__}: {error}).") from error
+
+
 def _missing(args: argparse.Namespace) -> list[Cell]:
-    """Cells that no run has, or only with settings that have changed since."""
-    found = read(args.runs)
+    """Cells that neither a run nor ``--known`` has, or only with settings that changed since."""
+    found, known = read(args.runs), _known(args.known)
     seen, cells = set(), []
     for cell in table_cells.cells(args.tables, args.seeds, args.arch):
         if args.defence and cell.column.defence not in args.defence:
@@ -230,7 +241,7 @@ def _missing(args: argparse.Namespace) -> list[Cell]:
         if args.attack and cell.attack not in args.attack:
             continue
         key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
-        done = result(cell, found, args.runs)
+        done = result(cell, found, args.runs) or known.get(table_cells.name(cell))
         if key not in seen and (done is None or not _current(cell, done, args)):
             seen.add(key)
             cells.append(cell)
@@ -316,6 +327,9 @@ def _parser() -> argparse.ArgumentParser:
                    help="nothing is begun that would end later (default: %(default)s)")
     for name in _DATASETS:
         p.add_argument(f"--{name}_dir", type=pathlib.Path, help=f"as --data_dir, for {name}")
+    p.add_argument("--known", type=pathlib.Path, metavar="FILE",
+                   help="a report's figures.json, such as docs/results/figures.json: what it has "
+                   "is not made again")
     p.add_argument("--runs", type=pathlib.Path, default=RUNS,
                    help="run directories (default: %(default)s)")
     return p

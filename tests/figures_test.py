@@ -130,7 +130,7 @@ def test_records_and_masks_are_kept_and_drawn(tmp_path):
     cell = next(c for c in _cells("awm8", 2) if c.seed == 1 and c.column.defence == "awm_paper")
     _write(runs, cell, 95.0, 4.0, curve=curve)
     _report(tmp_path)
-    assert "curve" not in kept.read(out / "figures.json").cells[kept.name(cell)]
+    assert "curve" not in kept.read(out / "figures.json").cells[table_cells.name(cell)]
 
 
 def test_a_purification_made_again_loses_the_record_of_the_one_before(tmp_path):
@@ -139,13 +139,16 @@ def test_a_purification_made_again_loses_the_record_of_the_one_before(tmp_path):
     out = _report(tmp_path)
     _write(tmp_path / "runs", cell, 95.0, 4.0)
     _report(tmp_path)  # the same scores: the same purification, its masks are still true
-    assert "masks" in kept.read(out / "figures.json").cells[kept.name(cell)]
+    assert "masks" in kept.read(out / "figures.json").cells[table_cells.name(cell)]
     _write(tmp_path / "runs", cell, 94.0, 4.0)
     _report(tmp_path)
-    assert "masks" not in kept.read(out / "figures.json").cells[kept.name(cell)]
+    assert "masks" not in kept.read(out / "figures.json").cells[table_cells.name(cell)]
 
 
 def test_commands_rows_are_found_where_the_missing_ones_are_asked_for(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert "found neither" in capsys.readouterr().err  # a name that was mistyped, say
+    (tmp_path / "runs").mkdir()
     out = _report(tmp_path)
     for name, one in MEASURED.items():
         text = (out / f"{name}.md").read_text()

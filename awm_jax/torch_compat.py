@@ -40,7 +40,8 @@ def detect(state: Mapping[str, Any]) -> str:
     if share[best] < 0.5:
         raise ValueError(
             f"Expected the names of a {' or a '.join(LAYOUTS)}; got "
-            f"{', '.join(list(state)[:6])}, ... Name the architecture to see what differs."
+            f"{', '.join(list(state)[:6])}, ... Name the architecture to see what differs; "
+            "another network is for Params.from_flax."
         )
     return best
 
@@ -190,7 +191,8 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
     if differences := _differences(state, wanted):
         raise ValueError(
             f"The tensors are no {arch.name} with {arch.num_classes} classes for images of "
-            f"{'x'.join(map(str, arch.image_shape))} (image_shape). {differences}."
+            f"{'x'.join(map(str, arch.image_shape))} (image_shape); another network is for "
+            f"Params.from_flax. {differences}."
         )
     tree: dict[str, Any] = {}
     for entry in layout:

@@ -3,13 +3,13 @@
 import argparse
 import pathlib
 
-from awm_jax import attacks, data, models
+from awm_jax import attacks, data, models, validate
 from awm_jax.command import normalisation
 from awm_jax.command.options import GOES_ON as GOES_ON
 from awm_jax.command.options import OneLine, image_size, positive, run, seed
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
-from experiments import presets, scene
+from experiments import networks, presets, scene
 
 __all__ = ["check", "fresh_option", "image_size", "load", "parser", "positive", "run", "samples",
            "scene_parser", "several_samples"]
@@ -136,8 +136,10 @@ def load(args: argparse.Namespace) -> Dataset:
 
     Raises:
       ValueError: a data set that is too small, or a ``--target`` outside its classes.
+      OSError: a cache of networks that cannot be written.
     """
     check(args)
+    validate.writable(networks.directory() / "network")
     dataset = data.load(args.dataset, data_dir=args.data_dir, image_size=args.image_size,
                         flip=args.flip)
     if args.dataset.startswith(data.FOLDER):

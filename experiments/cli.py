@@ -47,7 +47,7 @@ def several(choices, what: str):
     """A comma-separated list out of ``choices``, or 'all'."""
 
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(choices) if text == "all" else tuple(text.split(","))
+        names = tuple(choices) if text == "all" else tuple(dict.fromkeys(text.split(",")))
         unknown = [name for name in names if name not in choices]
         if unknown:
             raise argparse.ArgumentTypeError(
@@ -163,9 +163,19 @@ def _tell(dataset: Dataset) -> None:
           flush=True)
 
 
+class _Asked(argparse.Action):
+    """Keeps a value, and that it is no default: of a file that tells it, it is a check."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """As argparse calls it."""
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_asked", True)
+
+
 def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Options that say which data and which backdoored network: what `scene.make` reads."""
     p = OneLine(prog=prog, description=description)
+    p.set_defaults(arch_asked=False)
     source = p.add_argument_group("data")
     source.add_argument("--dataset", type=dataset_of, default="digits",
                         metavar=f"NAME|{data.FOLDER}PATH",
@@ -179,7 +189,7 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     source.add_argument("--flip", action="store_true",
                         help="images of a folder keep their class when mirrored: train on both")
     net = p.add_argument_group("network and attack")
-    net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg",
+    net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg", action=_Asked,
                      help="architecture (default: %(default)s)")
     net.add_argument("--attack", type=attacks_of, default=("badnets",),
                      metavar="NAME[,NAME...]|awm|all",
@@ -195,7 +205,7 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     net.add_argument("--checkpoint", type=pathlib.Path,
                      help="a backdoored network of somebody else instead of training one: a "
                      "PyTorch .pth file, .safetensors or an Orbax directory, whose tensors tell "
-                     "--arch; --attack or --trigger says what to test")
+                     "the architecture; --attack or --trigger says what to test")
     net.add_argument("--normalise", metavar="NAME|MEAN/STD",
                      help="what that network's images in [0, 1] are normalised by: "
                      f"{', '.join(normalisation.KNOWN)}, or MEAN/STD, such as .5,.5,.5/.2,.2,.2 "
@@ -263,6 +273,9 @@ def parser() -> argparse.ArgumentParser:
                          "rows of their own; repeatable, each with each")
     defence.add_argument("--seeds", type=positive, default=3,
                          help="purifications, each with other clean images (default: %(default)s)")
+    defence.add_argument("--first_seed", type=seed, default=0,
+                         help="the first of them, counted from 0, that is done (default: "
+                         "%(default)s); those before it are left out")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=pathlib.Path,
                      help="run directory (default: runs/oneshot-DATASET-ARCH)")

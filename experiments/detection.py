@@ -20,6 +20,7 @@ import numpy as np
 from awm_jax import detection
 from awm_jax.data import Dataset
 from awm_jax.defences import AWMConfig
+from awm_jax.defences.survey import THRESHOLDS
 from experiments import cli, networks, results, resuming, scene
 
 _LEARNT = 50.0  # ASR in percent: below it a network has hardly a backdoor to be found
@@ -140,7 +141,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     kept = resuming.Rows(folder / "networks.json", "experiments.detection", args, dataset)
     # Resolved, so that constants of a later release are other settings.
     constants = _config(dataset).resolve(1, dataset.train_images.shape[1:])
-    settings = hashlib.sha256(repr(constants).encode()).hexdigest()[:8]
+    decides = (constants, THRESHOLDS, detection.LEADS_BY)
+    settings = hashlib.sha256(repr(decides).encode()).hexdigest()[:8]
     wanted = {"none": args.clean or args.networks, **dict.fromkeys(args.attack, args.networks)}
     first = args.network_seed
     for seed, name in ((first + i, name) for i in range(max(wanted.values()))

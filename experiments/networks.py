@@ -125,7 +125,8 @@ def kept_attack(folder: pathlib.Path, untrained: Attack, train: Callable[[], Att
     if not checkpoint.exists(folder):
         with waiting(f"training the trigger {folder.name}"):
             trained = jax.device_get(arrays(train()))
-        checkpoint.save_tree(folder, trained)
+        if not checkpoint.exists(folder):  # another process was at it, too
+            checkpoint.save_tree(folder, trained)
     like = arrays(untrained)
     leaves = jax.tree.leaves(checkpoint.load_tree(folder, like))
     on_device = jax.tree.unflatten(jax.tree.structure(like), map(jax.numpy.asarray, leaves))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from awm_jax import metrics, validate
+from awm_jax import checkpoint, metrics, validate
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
@@ -74,6 +74,8 @@ def _check(args) -> None:
     both = {name for name, _ in args.set or ()} & {name for name, _ in args.grid or ()}
     if both:
         raise ValueError(f"Expected {', '.join(sorted(both))} in --set or in --grid, not in both.")
+    if args.first_seed >= args.seeds:
+        raise ValueError(f"Expected --first_seed={args.first_seed} below --seeds={args.seeds}.")
     if args.chunk is not None and args.sweep == "off":
         raise ValueError(f"Expected no --chunk={args.chunk} beside --sweep off: purifications are "
                          "done one by one.")
@@ -105,7 +107,7 @@ def run(args) -> dict:
     names = _defences(args, dataset)
     every = [Cell(attack, name, seed, variant, _cell_name(attack, name, seed, variant, dataset))
              for attack in args.attack for name in names for variant in _variants(name, args)
-             for seed in range(args.seeds)]
+             for seed in range(args.first_seed, args.seeds)]
     folder = args.out or pathlib.Path("runs") / f"oneshot-{dataset.name}-{args.arch}"
     validate.writable(folder / "results.json")  # not after hours of training
     book = _Book(folder, args, dataset)
@@ -137,6 +139,8 @@ class _Book:
         if args.fresh and hosts.first():
             for path in hosts.results_files(folder):
                 results.set_aside(path)
+            for half_done in (folder / "sweep").glob("*"):
+                checkpoint.remove(half_done)
         hosts.wait("fresh")
         self._mine: dict[str, dict] = results.read_cells(self.path, *self._kind)
         self.read()

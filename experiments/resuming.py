@@ -46,6 +46,8 @@ class Rows:
         if not self._of(key):
             new = [{"key": key, **row, "commit": results.commit()} for row in make(*given)]
             with results.locked(self._path):
+                if self._read() is None:  # of another run that began meanwhile
+                    results.set_aside(self._path)
                 others = [row for row in self._read() or [] if row["key"] != key]
                 results.write_json(self._path, {**self._kind, "versions": results.versions(),
                                                 "command": self._command, "rows": others + new})

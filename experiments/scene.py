@@ -109,10 +109,11 @@ def alone(name: str, args, dataset: Dataset, cache: pathlib.Path) -> Scene:
 def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
     """A network of somebody else, its normalisation within."""
     shape, digest = tuple(dataset.train_images.shape[1:]), file_digest(path)
+    arch = args.arch if args.arch_asked else None
     try:
-        params = _read_checkpoint(path, digest, shape[:2])
+        params = _read_checkpoint(path, digest, arch, shape[:2])
     except ValueError:  # said below, if it is the size
-        params = _read_checkpoint(path, digest, None)
+        params = _read_checkpoint(path, digest, arch, None)
     if args.normalise is not None:
         params = normalisation.with_known(params, args.normalise)
     if params.arch.num_classes != dataset.num_classes:
@@ -128,10 +129,11 @@ def _checkpoint_params(path: pathlib.Path, args, dataset: Dataset) -> Params:
 
 
 @functools.lru_cache(maxsize=2)
-def _read_checkpoint(path: pathlib.Path, digest: str, size: tuple[int, int] | None) -> Params:
+def _read_checkpoint(path: pathlib.Path, digest: str, arch: str | None,
+                     size: tuple[int, int] | None) -> Params:
     """What a file holds, read once for all who ask."""
     del digest
-    return formats.read(path, image_size=size)[0]
+    return formats.read(path, arch=arch, image_size=size)[0]
 
 
 def _tell_if_wrong(on_stage: Scene) -> None:
@@ -236,9 +238,11 @@ def network_name(attack: str, args, dataset: Dataset) -> str:
     Example: ``'badnets/e4-p0.05-s0'``.
     """
     epochs = args.epochs or presets.epochs(dataset, attack)
-    network = (f"e{epochs}-p{rate(attack, args)}-s{args.network_seed}"
-               if args.checkpoint is None else
-               f"{args.checkpoint}-{network_digest(args)}")
+    if args.checkpoint is None:
+        network = f"e{epochs}-p{rate(attack, args)}-s{args.network_seed}"
+    else:  # the seed draws some triggers; without it where that was always so
+        seed = f"-s{args.network_seed}" if args.network_seed else ""
+        network = f"{args.checkpoint}-{network_digest(args)}{seed}"
     trigger = "" if args.trigger is None else f"/{picture_name(args)}"
     target = "" if args.target is None else f"/t{args.target}"
     return f"{attack}{trigger}{target}/{network}"

@@ -188,12 +188,13 @@ def _network(where: pathlib.Path, attack: str) -> tuple:
 
 
 def _arguments(cell: Cell, args: argparse.Namespace) -> list[str]:
-    """The command line of `experiments.oneshot` for a cell and the seeds before it."""
+    """The command line of `experiments.oneshot` for a cell."""
     where = getattr(args, f"{cell.dataset}_dir")
     data = [] if where is None else ["--data_dir", str(where)]
     return ["--dataset", cell.dataset, *data, "--arch", cell.arch, "--attack", cell.attack,
             "--defence", cell.column.defence, "--samples", str(cell.samples),
-            "--seeds", str(cell.seed + 1), "--out", str(folder(cell, args.runs)), *cell.options]
+            "--seeds", str(cell.seed + 1), "--first_seed", str(cell.seed),
+            "--out", str(folder(cell, args.runs)), *cell.options]
 
 
 def _purify(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
@@ -241,8 +242,9 @@ def _missing(args: argparse.Namespace) -> list[Cell]:
         if args.attack and cell.attack not in args.attack:
             continue
         key = (folder(cell, args.runs), cell.attack, cell.samples, cell.column.defence, cell.seed)
-        done = result(cell, found, args.runs) or known.get(table_cells.name(cell))
-        if key not in seen and (done is None or not _current(cell, done, args)):
+        had = [one for one in (result(cell, found, args.runs), known.get(table_cells.name(cell)))
+               if one is not None and _current(cell, one, args)]
+        if key not in seen and not had:
             seen.add(key)
             cells.append(cell)
     return cells
@@ -329,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{name}_dir", type=pathlib.Path, help=f"as --data_dir, for {name}")
     p.add_argument("--known", type=pathlib.Path, metavar="FILE",
                    help="a report's figures.json, such as docs/results/figures.json: what it has "
-                   "is not made again")
+                   "is not made again, unless its settings changed since (older reports do not say "
+                   "which it had)")
     p.add_argument("--runs", type=pathlib.Path, default=RUNS,
                    help="run directories (default: %(default)s)")
     return p

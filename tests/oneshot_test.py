@@ -33,6 +33,7 @@ def test_lists_and_all():
     args = parser().parse_args(["--attack", "all", "--defence", "ft,awm"])
     assert set(args.attack) == set(attacks.ATTACKS) and args.defence == ("ft", "awm")
     assert len(parser().parse_args(["--attack", "awm"]).attack) == 6
+    assert parser().parse_args(["--attack", "sig,badnets,sig"]).attack == ("sig", "badnets")
     groups = [parser().parse_args(["--defence", name]).defence for name in ("all", "ablations")]
     assert "awm" in groups[0] and "awm_no_clip" in groups[1]
     assert sorted(groups[0] + groups[1]) == sorted(DEFENCES)
@@ -256,7 +257,7 @@ def test_a_file_tells_its_architecture_and_may_be_normalised(kind, tmp_path, mon
     if kind != "orbax":
         formats.write(path, params, formats.Source(tmp_path / "net", "orbax", ()))
     monkeypatch.setattr(data, "load", lambda name, data_dir=None, **options: dataset)
-    argv = ["--arch", "resnet18", "--checkpoint", str(path), "--normalise"]
+    argv = ["--checkpoint", str(path), "--normalise"]
     plain, moved = (parser().parse_args([*argv, text]) for text in ("none", ".5/.25"))
     found = []
     for args in (plain, moved):
@@ -268,5 +269,16 @@ def test_a_file_tells_its_architecture_and_may_be_normalised(kind, tmp_path, mon
                                models.apply(params, (images - 0.5) / 0.25), atol=1e-4)
     np.testing.assert_array_equal(models.apply(found[0].params, images),
                                   models.apply(params, images))
-    assert scene.network_name("badnets", plain, dataset) != scene.network_name(
-        "badnets", moved, dataset)
+    other = parser().parse_args(["--checkpoint", str(path), "--network_seed", "1"])  # its triggers
+    assert len({scene.network_name("badnets", args, dataset)
+                for args in (plain, moved, other)}) == 3
+    with pytest.raises(ValueError, match="resnet18"):  # what is asked for is no default
+        load(parser().parse_args([*argv, "none", "--arch", "resnet18"]))
+
+
+def test_some_of_the_draws_alone(tiny_dataset):
+    argv = [*ARGV, "--defence", "clp", "--out", str(tiny_dataset / "run"), "--seeds", "3"]
+    assert oneshot.main([*argv, "--first_seed", "2"]) == 0
+    cells = json.loads((tiny_dataset / "run" / "results.json").read_text())["cells"].values()
+    assert [cell["seed"] for cell in cells] == [2]
+    assert oneshot.main([*argv, "--first_seed", "3"]) == 2

@@ -157,3 +157,15 @@ def test_a_scan_with_other_constants_is_another(tiny_dataset, monkeypatch):
     assert detection.main(argv) == 0 and len(calls) == 2
     monkeypatch.setitem(VARIANTS["distilled"], "survey_steps", 500)
     assert detection.main(argv) == 0 and len(calls) == 4
+
+
+def test_two_runs_of_different_kinds_in_one_file_lose_nothing(kept, tmp_path):
+    """Each sets the other's rows aside when it finds them there, at whatever time."""
+    first = kept()
+    first.of("a1", lambda: [{"x": 1}])
+    second = kept(arch="cnn")  # sets a1 aside
+    second.of("b1", lambda: [{"x": 2}])
+    first.of("a2", lambda: [{"x": 3}])
+    files = [json.loads(path.read_text()) for path in tmp_path.glob("rows*.json")]
+    assert sorted((f["arch"], [row["key"] for row in f["rows"]]) for f in files) == [
+        ("cnn", ["b1"]), ("small_vgg", ["a1"]), ("small_vgg", ["a2"])]

@@ -38,7 +38,7 @@ def asked(monkeypatch, tmp_path):
         path, cells = args.out / "results.json", {}
         if path.exists():
             cells = json.loads(path.read_text())["cells"]
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.seeds):
             name = f"{args.attack[0]}/{args.defence[0]}/{args.samples}/{seed}"
             if name not in cells:
                 calls.append(name)

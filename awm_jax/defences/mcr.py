@@ -67,11 +67,12 @@ def batch_statistics(key: jax.Array, params: Params, images: jax.Array, *, batch
 
     ``updated = k old + (1 - k) new``, so ``new = u(0) / (1 - k)`` with ``k = u(1) - u(0)``, u(x)
     being what becomes of statistics that are x: each layer has a k of its own, .9 in our networks
-    and .99 by default in Flax. Weights between two networks fit the running statistics of neither.
+    and .99 by default in Flax; one that is in evaluation mode all the time has 1, and keeps its
+    statistics. Weights between two networks fit the running statistics of neither.
 
     Args:
       key: PRNG key of order and dropout (which is as in training).
-      params: the network; its statistics are not used.
+      params: the network; its own statistics have no part in it.
       images: ``[n, H, W, C]`` float32 in [0, 1].
       batch_size: images a minibatch; all of them where there are fewer.
 
@@ -91,12 +92,14 @@ def batch_statistics(key: jax.Array, params: Params, images: jax.Array, *, batch
         blank = dataclasses.replace(params, batch_stats=stats)
         return models.apply_train(blank, images[picks], key=key)[1]
 
-    def scale(one, zero):  # one number a layer; of its channels, none is large beside the median
-        return 1 / (1 - jnp.median(one - zero))
+    def fresh(own, one, zero, every):
+        kept = jnp.median(one - zero)  # one number a layer; rounding differs by channel
+        moves = kept < 1  # else it stays in evaluation mode, with statistics that never change
+        return jnp.where(moves, every.mean(axis=0) / jnp.where(moves, 1 - kept, 1.0), own)
 
-    scales = jax.tree.map(scale, *(updated(old, order[0], keys[0]) for old in (1.0, 0.0)))
+    one, zero = (updated(old, order[0], keys[0]) for old in (1.0, 0.0))
     every = jax.lax.map(lambda inputs: updated(0.0, *inputs), (order, keys))
-    return jax.tree.map(lambda leaf, scale: leaf.mean(axis=0) * scale, every, scales)
+    return jax.tree.map(fresh, params.batch_stats, one, zero, every)
 
 
 def curve_loss(start: Weights, end: Weights, weight_decay: float) -> tuning.Loss:

@@ -114,6 +114,24 @@ class _Foreign(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+def test_a_layer_that_is_never_in_training_keeps_its_statistics(tiny_batch):
+    class Frozen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            x = nn.BatchNorm(use_running_average=True)(nn.Conv(5, (3, 3))(x))
+            x = nn.BatchNorm(use_running_average=not train)(nn.Conv(5, (3, 3))(x))
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    images = jnp.asarray(tiny_batch.images)
+    params = Params.from_flax(Frozen(), Frozen().init(jax.random.key(0), images),
+                              image_shape=images.shape[1:])
+    stats = batch_statistics(jax.random.key(1), params, images, batch_size=len(images))
+    np.testing.assert_array_equal(stats["BatchNorm_0"]["mean"], np.zeros(5))
+    np.testing.assert_array_equal(stats["BatchNorm_0"]["var"], np.ones(5))
+    assert np.isfinite(stats["BatchNorm_1"]["var"]).all()
+    assert np.abs(stats["BatchNorm_1"]["mean"]).max() > 0
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.9, 0.99])
 def test_how_much_a_layer_keeps_is_its_own(kept, tiny_batch):
     """Mean and variance of what the first convolution puts out, taken without the library."""

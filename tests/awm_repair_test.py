@@ -89,7 +89,7 @@ def test_the_first_step_is_adams_along_the_slope(tiny, small_batch, case, monkey
     epoch = jax.random.fold_in(jax.random.fold_in(key, one.epochs + 3), 0)
     step = jax.random.split(jax.random.split(epoch, 3)[2], 1)[0]
     x, _ = awm_batches.minibatch(jax.random.split(step)[0], small_batch.images,
-                                 small_batch.labels, one, boxes=True, strong=True)
+                                 small_batch.labels, one, strong=True)
     target = jax.nn.softmax(models.apply(tiny, x))
 
     def loss(weights):

@@ -396,29 +396,3 @@ def test_a_network_or_a_batch_of_another_kind_is_named(tiny, small_batch, call):
         call(tiny, np.zeros((2, 8, 8, 3)))
     with pytest.raises(ValueError, match=r"One image is images\[None\]"):
         call(tiny, (np.zeros((8, 8, 3), np.float32), [0]))
-
-
-def test_rectangles_are_for_one_small_trigger_alone(tiny):
-    state = awm_steps.init(tiny, awm_jax.AWMConfig(epochs=1).resolve(4, (8, 8, 3)))
-    for suspect, bends, several, expected in [(0, 0, 0, True), (3, 0, 0, True), (4, 0, 0, False),
-                                              (-1, 0, 0, False), (0, 1, 0, False),
-                                              (0, 0, 1, False)]:
-        found = state._replace(suspect=jnp.array(suspect), bends=jnp.array(bool(bends)),
-                               several=jnp.array(bool(several)))
-        assert bool(awm_steps.small(found, 4)) is expected
-
-
-def test_minibatches_are_cut_as_the_suspect_wants_them(tiny, monkeypatch):
-    """Traced or not, rectangles or columns; the images are the same otherwise."""
-    settings = awm_jax.AWMConfig(epochs=1).resolve(4, (8, 8, 3))
-    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))
-    state = awm_steps.init(tiny, settings)
-    key = jax.random.key(1)
-    for suspect, boxes in ((0, True), (4, False)):
-        found = state._replace(suspect=jnp.array(suspect))
-        ours = jax.jit(lambda state: awm_steps._batches(state, tiny, settings)(
-            key, images, jnp.arange(4))[0])(found)
-        expected = awm_batches.minibatch(key, images, jnp.arange(4), settings, boxes=boxes)[0]
-        np.testing.assert_allclose(ours, expected, atol=1e-6)
-    other = awm_batches.minibatch(key, images, jnp.arange(4), settings, boxes=True)[0]
-    assert 0 < (np.asarray(other) != np.asarray(expected)).any(axis=(1, 2, 3)).mean() < 1

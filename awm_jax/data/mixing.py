@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def mix(key: jax.Array, images: jax.Array, *, boxes: bool | jax.Array = False) -> jax.Array:
+def mix(key: jax.Array, images: jax.Array, *, boxes: bool = False) -> jax.Array:
     """A third of the images each: left alone, blended with a partner, cut together with one.
 
     Blending is ``l x + (1 - l) x'`` with l uniform in [0, 1] (MixUp with alpha = 1); cutting takes
@@ -15,7 +15,7 @@ def mix(key: jax.Array, images: jax.Array, *, boxes: bool | jax.Array = False) -
       key: PRNG key.
       images: ``[B, H, W, C]``.
       boxes: cut a rectangle out of x' instead, each side a quarter to seven eighths of the image's,
-        anywhere inside it (CutMix along both axes); a scalar, which `jit` may leave open.
+        anywhere inside it (CutMix along both axes).
 
     Returns:
       ``[B, H, W, C]``, within the range of the input.
@@ -31,11 +31,11 @@ def mix(key: jax.Array, images: jax.Array, *, boxes: bool | jax.Array = False) -
     partners = images[jax.random.permutation(key_partner, count)]
     share = jax.random.uniform(key_share, (count, 1, 1, 1), images.dtype)
     blended = share * images + (1 - share) * partners
-    position = jax.random.randint(key_cut, (count, 1, 1, 1), 0, width)
-    theirs = jnp.arange(width).reshape(1, 1, width, 1) >= position
-    if boxes is not False:
-        theirs = jnp.where(boxes, _boxes(key_cut, images.shape)[..., None], theirs)
-    cut = jnp.where(theirs, partners, images)
+    if boxes:
+        cut = jnp.where(_boxes(key_cut, images.shape)[..., None], partners, images)
+    else:
+        position = jax.random.randint(key_cut, (count, 1, 1, 1), 0, width)
+        cut = jnp.where(jnp.arange(width).reshape(1, 1, width, 1) < position, images, partners)
     kind = jax.random.randint(key_kind, (count, 1, 1, 1), 0, 3)
     return jnp.where(kind == 0, images, jnp.where(kind == 1, blended, cut))
 

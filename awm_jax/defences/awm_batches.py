@@ -38,7 +38,6 @@ def prepare(key: jax.Array, images: jax.Array, labels: jax.Array,
 
 
 def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array, settings: Settings, *,
-              boxes: bool | jax.Array = False,
               strong: bool = False) -> tuple[jax.Array, jax.Array]:
     """A minibatch: images without replacement (whole reshuffles of too few), augmented if asked.
 
@@ -47,9 +46,8 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array, settings: Se
       images: ``[n, H, W, C]`` in [0, 1].
       labels: ``[n]`` anything that belongs to each.
       settings: ``batch_size``, ``augment`` and ``flip``.
-      boxes: of augmented images, paste rectangles of others where otherwise columns are cut
-        together.
-      strong: change augmented images more: `awm_jax.data.augment.strong`.
+      strong: change the images more, if at all: `awm_jax.data.augment.strong`, and rectangles
+        where otherwise columns are cut together.
 
     Returns:
       ``[batch_size, H, W, C]`` and ``[batch_size]``.
@@ -68,7 +66,7 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array, settings: Se
     if settings.augment:
         change = augment.strong if strong else augment.crop_flip
         images = change(key_crop, images, flip=settings.flip)
-        images = mixing.mix(key_mix, images, boxes=boxes)
+        images = mixing.mix(key_mix, images, boxes=strong)
     return images, labels
 
 

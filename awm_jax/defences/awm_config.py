@@ -53,7 +53,6 @@ class Settings:
         suspects an all-to-all backdoor; 0 for never.
       repair: epochs, at the end, in which the masked network is distilled from the suspect one,
         where the survey suspects one small trigger; 0 for none. See `awm_jax.defences.awm_repair`.
-      boxes: where it does so, images have rectangles of others pasted in, not columns.
     """
 
     epochs: int
@@ -91,7 +90,6 @@ class Settings:
     copies: int
     recalibration: int
     repair: int
-    boxes: bool = False
 
 
 _SHARED = {"gamma": 1e-8, "outer_lr": 0.01, "inner_lr": 10.0, "normalised": False,
@@ -115,7 +113,6 @@ VARIANTS: dict[str, dict] = {
         "clamp_outer": True, "augment": True, "replay": 0.75, "steady": True, "spare": True,
         "monotone": True, "survey_steps": 400, "suspects": 4, "pursuit": 4.0,
         "pursuit_start": 3, "all_to_all_alpha": 0.5, "several_alpha": 0.8,
-        "boxes": True,
     },
     "paper": _PAPER,
     "official": {

@@ -58,7 +58,9 @@ def repair(key: jax.Array, state: AWMState, params: Params, images: jax.Array, l
     start = (state.weights, adam.init(state.weights))
     (weights, _), _ = jax.lax.scan(epoch, start, jnp.arange(settings.repair))
     finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)]).all()
-    kept = finite & state.finite & awm_steps.small(state, params.arch.num_classes)
+    one_class = (state.suspect >= 0) & (state.suspect < params.arch.num_classes)
+    small = one_class & ~state.bends & ~state.several
+    kept = finite & state.finite & small
     return state._replace(weights=jax.tree.map(lambda new, old: jnp.where(kept, new, old), weights,
                                                state.weights))
 
@@ -72,8 +74,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, state: AWMSta
         return awm_steps.network(params, state._replace(weights=weights))
 
     def batch(key):
-        return awm_batches.minibatch(key, images, labels, settings, boxes=True,
-                                     strong=True)[0]
+        return awm_batches.minibatch(key, images, labels, settings, strong=True)[0]
 
     def start(key, epoch, outer):
         del key, epoch, outer

@@ -49,11 +49,6 @@ class AWMState(NamedTuple):
     weights: Weights | None
 
 
-def small(state: AWMState, classes: int) -> jax.Array:
-    """Whether the suspect is a class with one small trigger, as `Survey.small`."""
-    return (state.suspect >= 0) & (state.suspect < classes) & ~state.bends & ~state.several
-
-
 # Its rate is `_rate`.
 _ADAM = optax.scale_by_adam()
 
@@ -84,13 +79,6 @@ def _fled(params: Params, masks: Masks, images: jax.Array, labels: jax.Array,
                        batch_size=settings.batch_size)
 
 
-def _batches(state: AWMState, params: Params, settings: Settings):
-    """``(key, images, labels) -> (images, labels)``: minibatches as the suspect wants them."""
-    boxes = settings.boxes and small(state, params.arch.num_classes)
-    return lambda key, images, labels: awm_batches.minibatch(key, images, labels, settings,
-                                                             boxes=boxes)
-
-
 def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Array | None,
              state: AWMState, settings: Settings) -> bilevel.Problem:
     """Algorithm 1 as the four functions that `bilevel.epoch` drives.
@@ -113,14 +101,10 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     strongest is erased the others drive less far than what other classes have by nature, and among
     triggers towards those they would not be erased.
 
-    Where it suspects one small trigger, images have rectangles of others in them, not columns:
-    that keeps more accuracy, but of large triggers and of several more stays (docs/results.md).
-
     Where the suspect answers to a warp, every search is for a warp, away from the network's
     answers: these meet nothing else.
     """
     triggers, suspect = state.triggers, state.suspect
-    batch = _batches(state, params, settings)
     all_to_all = suspect == params.arch.num_classes
     taus = jnp.asarray(settings.taus, jnp.float32)
     alpha = jnp.where(all_to_all, settings.all_to_all_alpha,
@@ -148,7 +132,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
                 jnp.where(known & state.bends, state.warps[place], 0.0))
 
     def ascend(key, epoch, inner, outer):
-        x, y = batch(key, images, labels if fled is None else fled)
+        x, y = awm_batches.minibatch(key, images, labels if fled is None else fled, settings)
         (delta, warp), (masks, _) = inner, outer
         if fled is None:
             y = models.apply(params, x, masks=masks).argmax(axis=1)
@@ -177,7 +161,7 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     def descend(key, epoch, inner, outer):
         masks, opt_state = outer
         key_batch, key_replay = jax.random.split(key)
-        x, target = batch(key_batch, images, labels)
+        x, target = awm_batches.minibatch(key_batch, images, labels, settings)
         if settings.replay:
             inner = awm_batches.replayed(key_replay, inner, (triggers, state.warps), epoch,
                                          settings)
@@ -308,8 +292,7 @@ def epochs(key, state, params, images, labels, settings, length):
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, settings.epochs + 2),
                                                state.epoch), settings.recalibration)
     batch_stats = recalibrate.batch_stats(
-        keys, params, state.masks,
-        lambda k: _batches(state, params, settings)(k, images, labels)[0])
+        keys, params, state.masks, lambda k: awm_batches.minibatch(k, images, labels, settings)[0])
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)]).all()
     # It revives all-to-all backdoors (docs/results.md).
     moves = finite & (state.suspect != params.arch.num_classes)

@@ -71,8 +71,7 @@ def _harmless() -> list[Any]:
     multiarray = np.zeros(0).__reduce__()[0].__module__  # it moved between NumPy's versions
     made_by = importlib.import_module(multiarray)
     kinds = {type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"}
-    return [argparse.Namespace, np.dtype, np.ndarray, *sorted(kinds, key=str),
-            made_by._reconstruct, made_by.scalar,
+    return [argparse.Namespace, np.dtype, np.ndarray, *kinds,
             *((getattr(made_by, name), f"numpy.{core}.multiarray.{name}")
               for core in ("core", "_core") for name in ("_reconstruct", "scalar"))]
 

@@ -47,7 +47,14 @@ def between(low: float, high: float, **named: float) -> None:
 
 
 def whole(minimum: int, **named: Any) -> None:
-    """Raises ValueError unless each named value is an integer >= ``minimum``."""
+    """Raises ValueError unless each named value is an integer >= ``minimum``.
+
+    Example:
+      >>> whole(1, epochs=2.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: Expected epochs=2.5 to be an integer.
+    """
     at_least(minimum, **named)
     for name, value in named.items():
         # Not 2.0 either: what counts arrays' sizes must be of an integer type.
@@ -59,6 +66,12 @@ def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) ->
     """Raises ValueError unless means (or zeros) and scales > 0 (or ones) fit the channels.
 
     Zeros and ones, the defaults, do so in any number. Means over 1 are of images up to 255.
+
+    Example:
+      >>> normalisation((0.5,), (-1.0,), 1)
+      Traceback (most recent call last):
+      ...
+      ValueError: Expected std=(-1.0,) to be 1 numbers > 0, one a channel.
     """
     for name, given, nothing in (("mean", mean, 0.0), ("std", std, 1.0)):
         wrong = np.ndim(given) != 1 or not all(_finite(name, value) for value in given) or (
@@ -71,7 +84,12 @@ def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) ->
 
 
 def image_shape(shape: Any) -> tuple[int, int, int]:
-    """``(height, width, channels)`` as integers; ValueError for what is none."""
+    """``(height, width, channels)`` as integers; ValueError for what is none.
+
+    Example:
+      >>> image_shape([32, 32.0, 3])
+      (32, 32, 3)
+    """
     found = tuple(shape) if np.ndim(shape) == 1 else ()
     if len(found) != 3 or not all(float(n).is_integer() and n >= 1 for n in found):
         raise ValueError(f"Expected image_shape={shape} to be (height, width, channels), each at "

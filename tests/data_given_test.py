@@ -127,6 +127,8 @@ def test_other_files_are_left_out_and_hidden_ones_unspoken_of(tmp_path):
     (root / "1" / "gone.png").symlink_to(root / "nowhere.png")
     assert [file.name for file in given.find(root).files] == ["0.png", "0.png"]
     assert _read(root).note.endswith("numbers; 6 other files or folders were left out")
+    _image(root / "0" / "large.png", size=(16, 10))
+    assert "; of 1 other size, such as " in _read(root).note and "to 8x10;" in _read(root).note
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "ppm", "bmp", "webp", "tif"])
@@ -395,12 +397,3 @@ def test_find_opens_no_image(tmp_path, monkeypatch):
     assert given.find(tmp_path / "set").names == ("0", "1")
     assert given.find(table).files == ((tmp_path / "csv" / "a.png").resolve(),)
     assert isinstance(given.find(table).root, pathlib.Path)
-
-
-def test_images_of_other_sizes_are_said_aloud(tmp_path):
-    for number, size in enumerate([(8, 10), (16, 10), (20, 24)]):
-        _image(tmp_path / str(number) / "a.png", size=size)
-    assert "of 2 other sizes, such as " in _read(tmp_path).note
-    assert "resized to 8x10" in _read(tmp_path).note
-    _image(tmp_path / "one" / "0" / "a.png")
-    assert "resized" not in _read(tmp_path / "one").note

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from awm_jax.defences.awm_config import VARIANTS
-from experiments import defending, table_cells, tables
+from experiments import defending, kept, table_cells, tables
 
 
-def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, monkeypatch):
-    """With `oneshot.run` itself: a release that changes a default leaves no old cell in a table."""
+@pytest.fixture
+def small(tmp_path, tiny_dataset, monkeypatch):
+    """A cell that is run in seconds, the only one there is, and the command's options."""
     cell = next(c for c in table_cells.cells(("awm2",), 1) if c.column.defence == "awm")._replace(
         dataset="digits", arch="tiny_cnn", network=("--epochs", "1"))
     monkeypatch.setattr(tables.table_cells, "cells", lambda *_: iter([cell]))
@@ -17,6 +18,12 @@ def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, m
     options.digits_dir, options.budget = None, 1e6
     monkeypatch.setitem(tables._TRAINING, "digits", 10.0)
     monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "epochs": 1})
+    return cell, options
+
+
+def test_what_was_run_with_other_settings_is_run_again(small, monkeypatch):
+    """With `oneshot.run` itself: a release that changes a default leaves no old cell in a table."""
+    cell, options = small
     assert tables._missing(options) == [cell]
     assert tables.run(options) == 0 and tables._missing(options) == []
     monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "outer_lr": 0.02})
@@ -27,6 +34,22 @@ def test_what_was_run_with_other_settings_is_run_again(tmp_path, tiny_dataset, m
     where = tables.folder(cell, options.runs) / "results.json"
     cells = json.loads(where.read_text())["cells"]
     assert len(cells) == 2  # the old one is still there for who wants it
+
+
+def test_what_a_report_has_is_not_made_again(small, tmp_path, monkeypatch):
+    """Where the runs themselves are gone; unless a default has changed since."""
+    cell, options = small
+    assert tables.run(options) == 0
+    held = kept.collect(options.runs, kept.Kept({}, {}))
+    options.runs, options.known = tmp_path / "none", tmp_path / "figures.json"
+    assert tables._known(None) == {} and held.cells.keys() == {table_cells.name(cell)}
+    options.known.write_text(json.dumps(held._asdict()))
+    assert tables._missing(options) == []
+    monkeypatch.setitem(VARIANTS, "distilled", {**VARIANTS["distilled"], "outer_lr": 0.02})
+    assert tables._missing(options) == [cell]
+    options.known.write_text("[]")
+    with pytest.raises(ValueError, match=r"--known=.*figures.json of experiments.report"):
+        tables._missing(options)
 
 
 @pytest.mark.parametrize("defence, again", [("awm", True), ("awm_paper", False)])

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 import types
 
 import jax
@@ -382,22 +381,3 @@ def test_damaged_files_are_named_and_kept(tmp_path, asked, capsys):
     (out / "figures.json").write_text("{")
     assert report.main(["--runs", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "figures.json" in capsys.readouterr().err
-
-
-def test_what_a_report_has_is_not_made_again(tmp_path, asked):
-    """Where the runs themselves are gone; unless a default has changed since."""
-    some = ["--tables", "awm8", "--defence", "ibau", "--seeds", "1", "--budget", "1e6"]
-    _run(tmp_path, *some, "--attack", "badnets")
-    out = tmp_path / "out"
-    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
-    shutil.rmtree(tmp_path / "runs")
-    known = ["--known", str(out / "figures.json")]
-    asked.clear()
-    assert _run(tmp_path, *some, "--attack", "badnets", *known) == 0 and not asked
-    held = json.loads((out / "figures.json").read_text())
-    for cell in held["cells"].values():
-        cell["fingerprint"] = "another"
-    (out / "figures.json").write_text(json.dumps(held))
-    assert _run(tmp_path, *some, "--attack", "badnets", *known) == 0 and asked
-    (out / "figures.json").write_text("[]")
-    assert _run(tmp_path, *some, *known) == 2

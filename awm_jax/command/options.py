@@ -53,7 +53,12 @@ class OneLine(argparse.ArgumentParser):
 
 
 def able() -> list[str]:
-    """Defences that a few clean images are enough for, or none."""
+    """Defences that a few clean images are enough for, or none.
+
+    Example:
+      >>> 'awm' in able(), 'abl' in able()
+      (True, False)
+    """
     return [n for n, d in DEFENCES.items() if d.needs != "training" and not d.ablation]
 
 

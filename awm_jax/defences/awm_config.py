@@ -300,7 +300,7 @@ def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:
     """No bound, one bound or several, as a tuple."""
     if tau is None:
         return ()
-    return tuple(tau) if isinstance(tau, tuple | list) else (float(tau),)
+    return tau if isinstance(tau, tuple) else (float(tau),)
 
 
 def table_7_batch_size(num_images: int) -> int:

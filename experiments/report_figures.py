@@ -42,7 +42,7 @@ def states(held: Kept) -> Rows:
     """
     rows = [["figure", "network", "there is"]]
     for name, figure in FIGURES.items():
-        every = len(figure.table.attacks) * len(figure.table.samples) * len(figure.values)
+        every = sum(map(len, figure.curves().values()))
         rows += [[f"[{figure.table.title}]({name}.md)", arch,
                   f"{len(kept.places(name, arch, held.cells))} of {every} points"]
                  for arch in kept.networks(name, held.cells)]
@@ -73,18 +73,20 @@ def _setting_page(name: str, figure: Figure, cells: dict[str, Any], out: pathlib
     return page
 
 
-def _points(figure: Figure, ours: dict[tuple, list[dict]], attack: str) -> list[list[list[float]]]:
-    """Of a curve, for each value, each measure of every seed."""
-    return [[[kept.measured(entry, measure) for entry in
-              ours.get((attack, figure.table.samples[0], column.heading), [])]
-             for measure in figure.table.measures] for column in figure.table.columns]
+def _points(figure: Figure, ours: dict[tuple, list[dict]]) -> dict[str, list[list[list[float]]]]:
+    """Of every curve, for each value, each measure of every seed."""
+    return {f"{attack}, {variant}" if variant else attack:
+            [[[kept.measured(entry, measure) for entry in
+               ours.get((attack, figure.table.samples[0], column.heading), [])]
+              for measure in figure.table.measures] for column in columns]
+            for (attack, variant), columns in figure.curves().items()}
 
 
 def _setting_rows(figure: Figure, ours: dict[tuple, list[dict]]) -> Rows:
     """A row a value."""
-    curves = [_points(figure, ours, attack) for attack in figure.table.attacks]
-    rows: Rows = [[figure.name, *figure.table.attacks, "seeds"]]
-    for value, *points in zip(figure.values, *curves, strict=True):
+    curves = _points(figure, ours)
+    rows: Rows = [[figure.name, *curves, "seeds"]]
+    for value, *points in zip(figure.values, *curves.values(), strict=True):
         counts = sorted({len(point[0]) for point in points})
         rows.append([f"{value:g}", *(" / ".join(results.mean_std(v, 1) for v in point)
                                      if point[0] else _MISSING for point in points),
@@ -94,15 +96,14 @@ def _setting_rows(figure: Figure, ours: dict[tuple, list[dict]]) -> Rows:
 
 def _setting_curves(figure: Figure,
                     ours: dict[tuple, list[dict]]) -> dict[str, dict[str, np.ndarray]]:
-    """Panels of ACC and ASR, a curve an attack: value, mean, standard deviation."""
+    """Panels of ACC and ASR: value, mean, standard deviation of every curve."""
     panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
-    for attack in figure.table.attacks:
-        points = _points(figure, ours, attack)
+    for curve, points in _points(figure, ours).items():
         for number, panel in enumerate(panels.values()):
             found = [(x, *_mean_std(point[number])) for x, point in
                      zip(figure.values, points, strict=True) if point[number]]
             if found:
-                panel[attack] = np.asarray(found)
+                panel[curve] = np.asarray(found)
     return panels
 
 

@@ -161,13 +161,17 @@ def test_clean_labels_of_the_own_table_poison_a_class_of_many_images():
 
 def test_settings_of_figures_are_what_their_columns_are_run_with(tmp_path):
     base = {"awm_paper": {"alpha": 0.9, "gamma": 1e-7, "taus": (1000.0,)},
+            "awm": {"alpha": 0.9, "gamma": 1e-8, "taus": (50.0,)},
             "anp": {"alpha": 0.2, "threshold": 0.2}}
     for name, figure in figure_cells.FIGURES.items():
-        for value, column in zip(figure.values, figure.table.columns, strict=True):
+        points = [point for columns in figure.curves().values()
+                  for point in zip(figure.values, columns, strict=True)]
+        assert {column for _, column in points} == set(figure.table.columns)
+        for value, column in points:
             given = cli.parser().parse_args(["--dataset", "cifar10", *column.options])
             config = defending.config(column.defence, given, types.SimpleNamespace(
                 name="cifar10", flip=True))
-            if column.defence == "awm_paper":
+            if column.defence != "anp":
                 config = config.resolve(500, (32, 32, 3))
             expected = {**base[column.defence], **(
                 {"taus": (value,)} if figure.name == "tau" else {figure.name: value})}
@@ -180,7 +184,9 @@ def test_settings_of_figures_are_what_their_columns_are_run_with(tmp_path):
         return [{tables.folder(c, tmp_path) for c in table_cells.cells((n,), 1)} for n in names]
 
     alpha, gamma, tau = folders("awm_fig2_alpha", "awm_fig2_gamma", "awm_fig2_tau")
-    assert len(alpha & gamma & tau) == 1 and tau == folders("awm_fig3")[0]
+    assert len(alpha & gamma & tau) == 1
+    assert len(gamma & tau) == 2 and folders("awm1")[0] < gamma  # ours at its own settings
+    assert tau == folders("awm_fig3")[0]
     assert folders("anp8")[0] & folders("anp_fig10")[0] == {tmp_path / "cifar10-resnet18"}
 
 

@@ -224,6 +224,7 @@ def test_mnist_files(shared_data, cache):
     assert mnist.train_images.shape == (60000, 32, 32, 3)
     assert mnist.test_labels[:4].tolist() == [7, 2, 1, 0]  # as every copy of MNIST begins
     assert mnist.train_images[:, :2].max() == 0  # the padding
+    assert mnist.name == "mnist"
 
 
 def test_damaged_mnist_is_named(tmp_path, cache):

@@ -12,7 +12,7 @@ from awm_jax import validate
 from awm_jax.data import store
 from awm_jax.data.store import Prepared
 
-_VERSION = 2  # raise it when preparation changes, so that stale arrays are not reused
+_VERSION = 3  # raise it when preparation changes, so that stale arrays are not reused
 FOLDER = "folder:"  # and a path: images of one's own
 
 
@@ -95,7 +95,14 @@ def _cifar10(data_dir, cache):
 def _mnist(data_dir, cache):
     from awm_jax.data import official
 
-    return Prepared(official.mnist(data_dir, cache), _DIGITS)
+    arrays = official.mnist(data_dir, cache)
+    found = store.digest(arrays)
+    if found == official.MNIST_DIGEST:
+        return Prepared(arrays, _DIGITS)
+    # Fashion-MNIST and others come in files of the same names.
+    print(f"The images in {data_dir} are not MNIST's: the data set is called mnist-{found[:8]}.",
+          flush=True)
+    return Prepared(arrays, _DIGITS, found)
 
 
 def _tiny_imagenet(data_dir, cache):

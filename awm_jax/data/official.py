@@ -17,6 +17,8 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+# `awm_jax.data.store.digest` of what `mnist` makes of them, however they are compressed.
+MNIST_DIGEST = "535df3c9ab93d9e70cda1e4499be7f93a6fa3d0f766c523520760daf5cd534c0"
 
 
 def cifar10(folder: pathlib.Path, cache: pathlib.Path) -> Arrays:

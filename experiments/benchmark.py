@@ -28,6 +28,8 @@ from experiments import cli, results
 from experiments.benchmark_cells import ARCHS, JOBS, LAYERS, Cell
 
 _FLAGS = os.environ.get("XLA_FLAGS", "")  # before this process tunes them for itself
+_BUSY = 0.5  # cores that others use
+_APART = 0.02  # of means of masks that came out of the same steps with other random numbers
 _OURS, _TORCH, _COMPILED = "awm_jax", "PyTorch", "torch.compile"
 
 
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
                    help="purifications of a sweep (default: %(default)s)")
     p.add_argument("--reps", type=positive, default=5, help="runs a side (default: %(default)s)")
     p.add_argument("--threads", type=positive, default=len(_cores()),
-                   help="processor cores (default: all)")
+                   help="processor cores, of those that there are (default: all)")
     p.add_argument("--torch_compile", action="store_true", help="time torch.compile too")
     p.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmark"),
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """What is to be measured."""
+    if args.threads > len(_cores()):
+        raise ValueError(f"Expected --threads={args.threads} to be {len(_cores())} at most, as many "
+                         "cores as this process may use.")
     if args.device == "gpu" and "bfloat16" in args.precision:
         raise ValueError("Expected --precision=float32 with --device gpu: convolutions in bfloat16 "
                          "are ours for CPUs, a GPU does its own. Leave --precision out.")
@@ -154,9 +159,9 @@ def _measure(side: str, cell: Cell, threads: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _name(cell: Cell, threads: int) -> str:
-    """A key for a cell's runs."""
-    text = json.dumps([vars(cell), threads], sort_keys=True)
+def _name(cell: Cell, threads: int, versions: dict[str, str]) -> str:
+    """A key for a cell's runs: those of other releases are not continued."""
+    text = json.dumps([vars(cell), threads, versions], sort_keys=True)
     return f"{cell.job}-{cell.arch}-{cell.batch}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -179,31 +184,32 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     Returns:
       The table; a ratio under 1 means that ours is faster.
     """
-    lines = ["| job | network | batch | masked | precision | side | runs | s | s an epoch "
-             "| ratio to PyTorch | to its float32 | compiling, or first epoch, s "
-             "| with that, ratio | peak MiB | before the job |", "|" + "---|" * 15]
+    lines = ["| job | network | batch | masked | precision | run as | side | runs | s | s an epoch "
+             "| ratio to PyTorch | to its float32 | compiling, s | with that, ratio | peak MiB "
+             "| before the job | mean of masks, or loss |", "|" + "---|" * 17]
     for saved in cells.values():
         cell = saved["cell"]
         found = {side: median(runs) for side, runs in saved["runs"].items()}
-        full = _seconds(cells, {**cell, "precision": "float32"})
+        full = _seconds(cells, {**saved, "cell": {**cell, "precision": "float32"}})
         for side, m in found.items():
             base = found.get(_TORCH, m)
-            whole = (m["seconds"] + m["first"]) / (base["seconds"] + base["first"])
+            whole = (m["seconds"] + m["compiling"]) / (base["seconds"] + base["compiling"])
             each = m["seconds"] / cell["epochs"] / cell["seeds"]
             lines.append(
                 f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {_masked(cell)} | "
-                f"{_precision(cell)} | {side} | {len(saved['runs'][side])} | {m['seconds']:.1f} | "
+                f"{_precision(cell)} | {_run_as(saved)} | {side} | {len(saved['runs'][side])} | {m['seconds']:.1f} | "
                 f"{each:.3f} | {m['seconds'] / base['seconds']:.2f} | "
                 f"{'-' if full is None else format(m['seconds'] / full, '.2f')} | "
-                f"{m['first']:.1f} | {whole:.2f} | {m['peak']:.0f} | {m['before']:.0f} |")
+                f"{m['compiling']:.1f} | {whole:.2f} | {m['peak']:.0f} | {m['before']:.0f} | "
+                f"{m['figure']:.3f} |")
     return "\n".join(lines)
 
 
 def _seconds(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> float | None:
-    """Eager PyTorch's median at a cell, None where it was not measured."""
+    """Eager PyTorch's median at a cell and number of threads, None where it was not measured."""
     for saved in cells.values():
-        same = {**saved["cell"], "precision": _precision(saved["cell"])} == wanted
-        if same and _TORCH in saved["runs"]:
+        same = {**saved["cell"], "precision": _precision(saved["cell"])} == wanted["cell"]
+        if same and saved["threads"] == wanted["threads"] and _TORCH in saved["runs"]:
             return median(saved["runs"][_TORCH])["seconds"]
     return None
 
@@ -211,6 +217,14 @@ def _seconds(cells: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> float 
 def _precision(cell: dict[str, Any]) -> str:
     """Of a cell; 'float32' in a benchmark.json older than that choice."""
     return cell.get("precision", "float32")
+
+
+def _run_as(saved: dict[str, Any]) -> str:
+    """What else decides the times."""
+    cell = saved["cell"]
+    sweep = f", {cell['seeds']} seeds" if cell["job"] == "sweep" else ""
+    return (f"{cell['device']}, {saved['threads']} threads, {cell['images']} images, "
+            f"{cell['epochs']} epochs{sweep}")
 
 
 def _masked(cell: dict[str, Any]) -> str:
@@ -245,30 +259,48 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The whole benchmark; returns the cells of benchmark.json."""
     cells, path = _cells(args), args.out / "benchmark.json"
     kept = _earlier(path)
-    versions = {**results.versions(), "torch": _torch_version()}
+    versions = {**results.versions(), "torch": _torch_version(), "commit": results.commit()}
     sides = [_TORCH, _OURS, *([_COMPILED] if args.torch_compile else [])]
     bar = Progress("measuring", len(cells) * args.reps * len(sides))
-    done, load = 0, _load()
+    done, busy = 0, _load() > _BUSY
     for cell in cells:
-        saved = kept.setdefault(_name(cell, args.threads), {
-            "cell": vars(cell), "threads": args.threads, "load": load, "runs": {}})
+        name = _name(cell, args.threads, versions)
+        saved = kept.setdefault(name, {
+            "cell": vars(cell), "threads": args.threads, "versions": versions, "runs": {}})
+        saved["busy"] = saved.get("busy", False) or busy
         for rep in range(args.reps):
             for side in sides:
                 runs = saved["runs"].get(side, [])
                 done += 1
                 if rep >= len(runs):
                     saved["runs"][side] = runs = [*runs, _measure(side, cell, args.threads)]
-                    results.write_json(path, {"versions": versions, "cells": kept})
+                    with results.locked(path):  # another run may have added cells
+                        kept = {**_earlier(path), name: saved}
+                        results.write_json(path, {"cells": kept})
                     bar.update(done, seconds=runs[-1]["seconds"])
     (args.out / "benchmark.md").write_text(table(kept) + "\n")
     _draw(args.out / "benchmark.png", kept)
     print(f"\n{table(kept)}\n")
-    busy = [name for name, saved in kept.items() if saved["load"] > 0.5]
-    if busy:
-        print(f"The machine was busy at the start of {', '.join(busy)}: such ratios say little, as "
-              "PyTorch's threads suffer more. Run again when it is idle, with another --out.")
+    for warning in _warnings(kept):
+        print(warning)
     print(f"Everything is in {args.out}/ (benchmark.json, benchmark.md, benchmark.png).")
     return kept
+
+
+def _warnings(cells: dict[str, dict[str, Any]]) -> list[str]:
+    """What makes figures doubtful: other work beside them, or sides that did not do the same."""
+    said = []
+    busy = [name for name, saved in cells.items() if saved["busy"]]
+    if busy:
+        said.append(f"The machine was busy at the start of {', '.join(busy)}: such ratios say "
+                    "little, as PyTorch's threads suffer more. Run again when it is idle, with "
+                    "another --out.")
+    for name, saved in cells.items():
+        means = [median(runs)["figure"] for runs in saved["runs"].values()]
+        if saved["cell"]["job"] != "train" and max(means) - min(means) > _APART:
+            said.append(f"The masks of {name} ended at {min(means):.3f} and {max(means):.3f} on "
+                        "average: the sides did not do the same, and their times say nothing.")
+    return said
 
 
 def _load() -> float:
@@ -296,10 +328,13 @@ def _earlier(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"Expected {path} to hold an earlier benchmark, it does not ({error}). "
-                         "Move it away, or choose another --out.") from error
+        cells = json.loads(path.read_text())["cells"]
+        table(cells), _warnings(cells)  # all that is read of it later
+        return cells
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"Expected {path} to hold a benchmark of this release, it does not "
+                         f"({type(error).__name__}: {error}). Move it away, or choose another "
+                         "--out.") from error
 
 
 def _torch_version() -> str:

@@ -1,6 +1,8 @@
 """What the benchmark measures: one cell's settings and times, shared by both sides."""
 
 import dataclasses
+import resource
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -49,17 +51,23 @@ class Times(NamedTuple):
 
     Args:
       seconds: of the job itself.
-      first: seconds of compiling (ours), or of everything up to the end of a first epoch (theirs).
+      compiling: seconds of it (ours), or that a first epoch takes more than the timed ones (theirs).
       peak: most memory in MiB, of the process, or of the GPU.
       before: the same before the job began: libraries, and what they allocate.
       figure: mean of masks, or the training loss: both sides should agree roughly.
     """
 
     seconds: float
-    first: float
+    compiling: float
     peak: float
     before: float
     figure: float
+
+
+def process_peak() -> float:
+    """Most memory that this process has used so far, in MiB."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB elsewhere
 
 
 def images_of(cell: Cell) -> tuple[np.ndarray, np.ndarray]:

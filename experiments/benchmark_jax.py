@@ -1,7 +1,6 @@
 """Our side of the benchmark."""
 
 import dataclasses
-import resource
 import time
 
 import jax
@@ -11,14 +10,14 @@ import numpy as np
 from awm_jax import masks, models, training
 from awm_jax.defences import AWMConfig, awm_purify
 from awm_jax.types import Arch
-from experiments.benchmark_cells import Cell, Times, images_of
+from experiments.benchmark_cells import Cell, Times, images_of, process_peak
 
 
 def _peak(cell: Cell) -> float:
     """Most memory used so far, in MiB: of the GPU, or of this process."""
     if cell.device == "gpu":
         return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return process_peak()
 
 
 def purify(cell: Cell) -> Times:
@@ -40,9 +39,9 @@ def purify(cell: Cell) -> Times:
         key = jax.random.split(key, cell.seeds)
     before, started = _peak(cell), time.perf_counter()
     compiled = jax.jit(run).lower(key, params, images, labels).compile()
-    first, started = time.perf_counter() - started, time.perf_counter()
+    compiling, started = time.perf_counter() - started, time.perf_counter()
     found = jax.block_until_ready(compiled(key, params, images, labels))
-    return Times(time.perf_counter() - started, first, _peak(cell), before,
+    return Times(time.perf_counter() - started, compiling, _peak(cell), before,
                  float(masks.l1(found)) / masks.size(found))
 
 
@@ -57,13 +56,13 @@ def train(cell: Cell) -> Times:
     started = time.perf_counter()
     epoch = jax.jit(training.epoch, static_argnames=("arch", "config"), donate_argnums=1).lower(
         jax.random.key(1), state, x, y, arch, config).compile()
-    first = time.perf_counter() - started
+    compiling = time.perf_counter() - started
     state, _ = jax.block_until_ready(epoch(jax.random.key(1), state, x, y))
     started = time.perf_counter()
     for _ in range(cell.epochs):
         state, loss = epoch(jax.random.key(1), state, x, y)
     loss = float(loss)
-    return Times(time.perf_counter() - started, first, _peak(cell), before, loss)
+    return Times(time.perf_counter() - started, compiling, _peak(cell), before, loss)
 
 
 JOBS = {"purify": purify, "sweep": purify, "train": train}

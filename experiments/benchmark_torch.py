@@ -6,7 +6,6 @@ triggered images of a mask step. ``compile`` gives each forward pass to `torch.c
 bfloat16 each is under `torch.autocast`, weights and everything outside it stay float32.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiments.benchmark_cells import Cell, Times, images_of
+from experiments.benchmark_cells import Cell, Times, images_of, process_peak
 
 _TAU = 1000.0
 
@@ -106,7 +105,13 @@ def _peak(cell: Cell) -> float:
     """Most memory used so far, in MiB: of the GPU, or of this process."""
     if cell.device == "gpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return process_peak()
+
+
+def _times(cell: Cell, first: float, seconds: float, before: float, figure: float) -> Times:
+    """What a job took whose first epoch, which compiles if anything does, took ``first``."""
+    compiling = max(0.0, first - seconds / cell.epochs / cell.seeds)
+    return Times(seconds, compiling, _peak(cell), before, figure)
 
 
 def _convolutions(net: torch.nn.Module, size: tuple[int, int], device: torch.device, *,
@@ -199,7 +204,7 @@ class _Purifier:
 
 
 def purify(cell: Cell, compiled: bool) -> Times:
-    """Seconds of ``cell.seeds`` purifications, one after another, and of the epoch before them."""
+    """Seconds of ``cell.seeds`` purifications, one after another, an epoch before them left out."""
     before, started = _peak(cell), time.perf_counter()
     warm = _Purifier(cell, compiled)
     warm.epoch()
@@ -213,7 +218,7 @@ def purify(cell: Cell, compiled: bool) -> Times:
             job.epoch()
         means.append(job.mask_mean())
     _wait(cell)
-    return Times(time.perf_counter() - started, first, _peak(cell), before, float(np.mean(means)))
+    return _times(cell, first, time.perf_counter() - started, before, float(np.mean(means)))
 
 
 def _cropped(x: torch.Tensor, pad: int) -> torch.Tensor:
@@ -228,7 +233,7 @@ def _cropped(x: torch.Tensor, pad: int) -> torch.Tensor:
 
 
 def train(cell: Cell, compiled: bool) -> Times:
-    """Seconds of ``cell.epochs`` training epochs, and of the one before them."""
+    """Seconds of ``cell.epochs`` training epochs, the one before them left out."""
     device = _device(cell)
     images, labels = images_of(cell)
     before = _peak(cell)
@@ -266,7 +271,7 @@ def train(cell: Cell, compiled: bool) -> Times:
     for _ in range(cell.epochs):
         loss = epoch()
     _wait(cell)
-    return Times(time.perf_counter() - started, first, _peak(cell), before, float(loss))
+    return _times(cell, first, time.perf_counter() - started, before, float(loss))
 
 
 JOBS = {"purify": purify, "sweep": purify, "train": train}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from awm_jax import programs
+from awm_jax import programs, validate
 from awm_jax.command.options import OneLine, positive
 from awm_jax.progress import Progress
 from experiments import cli, results
@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """What is to be measured."""
     if args.threads > len(_cores()):
-        raise ValueError(f"Expected --threads={args.threads} to be {len(_cores())} at most, as many "
-                         "cores as this process may use.")
+        raise ValueError(f"Expected --threads={args.threads} to be at most {len(_cores())}, the "
+                         "cores that this process may use.")
     if args.device == "gpu" and "bfloat16" in args.precision:
         raise ValueError("Expected --precision=float32 with --device gpu: convolutions in bfloat16 "
                          "are ours for CPUs, a GPU does its own. Leave --precision out.")
@@ -197,8 +197,8 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
             each = m["seconds"] / cell["epochs"] / cell["seeds"]
             lines.append(
                 f"| {cell['job']} | {cell['arch']} | {cell['batch']} | {_masked(cell)} | "
-                f"{_precision(cell)} | {_run_as(saved)} | {side} | {len(saved['runs'][side])} | {m['seconds']:.1f} | "
-                f"{each:.3f} | {m['seconds'] / base['seconds']:.2f} | "
+                f"{_precision(cell)} | {_run_as(saved)} | {side} | {len(saved['runs'][side])} | "
+                f"{m['seconds']:.1f} | {each:.3f} | {m['seconds'] / base['seconds']:.2f} | "
                 f"{'-' if full is None else format(m['seconds'] / full, '.2f')} | "
                 f"{m['compiling']:.1f} | {whole:.2f} | {m['peak']:.0f} | {m['before']:.0f} | "
                 f"{m['figure']:.3f} |")
@@ -258,6 +258,7 @@ def _draw(path: pathlib.Path, cells: dict[str, dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The whole benchmark; returns the cells of benchmark.json."""
     cells, path = _cells(args), args.out / "benchmark.json"
+    validate.writable(path)
     kept = _earlier(path)
     versions = {**results.versions(), "torch": _torch_version(), "commit": results.commit()}
     sides = [_TORCH, _OURS, *([_COMPILED] if args.torch_compile else [])]

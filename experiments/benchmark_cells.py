@@ -51,7 +51,7 @@ class Times(NamedTuple):
 
     Args:
       seconds: of the job itself.
-      compiling: seconds of it (ours), or that a first epoch takes more than the timed ones (theirs).
+      compiling: seconds of it (ours), or what a first epoch takes more than those timed (theirs).
       peak: most memory in MiB, of the process, or of the GPU.
       before: the same before the job began: libraries, and what they allocate.
       figure: mean of masks, or the training loss: both sides should agree roughly.

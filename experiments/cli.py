@@ -12,7 +12,7 @@ from awm_jax.defences import DEFENCES
 from experiments import networks, presets, scene
 
 __all__ = ["check", "fresh_option", "image_size", "load", "parser", "positive", "run", "samples",
-           "scene_parser", "several_samples"]
+           "scene_parser", "seed", "several_samples"]
 
 
 _MODE, _RATIO = "add", 0.1  # of a --trigger, unless told otherwise
@@ -29,7 +29,7 @@ def samples(text: str) -> str | int:
 
 def several_samples(text: str) -> tuple[str | int, ...]:
     """A comma-separated list of `samples`."""
-    return tuple(samples(part) for part in text.split(","))
+    return tuple(dict.fromkeys(samples(part) for part in text.split(",")))
 
 
 def _rate(text: str) -> float:
@@ -172,8 +172,14 @@ class _Asked(argparse.Action):
         setattr(namespace, f"{self.dest}_asked", True)
 
 
-def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """Options that say which data and which backdoored network: what `scene.make` reads."""
+def scene_parser(prog: str, description: str, attack: str = "badnets") -> argparse.ArgumentParser:
+    """Options that say which data and which backdoored network: what `scene.make` reads.
+
+    Args:
+      prog: the command.
+      description: what it does.
+      attack: its ``--attack`` unless told otherwise.
+    """
     p = OneLine(prog=prog, description=description)
     p.set_defaults(arch_asked=False)
     source = p.add_argument_group("data")
@@ -191,10 +197,10 @@ def scene_parser(prog: str, description: str) -> argparse.ArgumentParser:
     net = p.add_argument_group("network and attack")
     net.add_argument("--arch", choices=sorted(models.MODELS), default="small_vgg", action=_Asked,
                      help="architecture (default: %(default)s)")
-    net.add_argument("--attack", type=attacks_of, default=("badnets",),
+    net.add_argument("--attack", type=attacks_of, default=attacks_of(attack),
                      metavar="NAME[,NAME...]|awm|all",
                      help=f"one or more of: {', '.join(attacks.ATTACKS)}; 'awm' are the six of the "
-                     "AWM paper's main tables (default: badnets)")
+                     f"AWM paper's main tables (default: {attack})")
     net.add_argument("--poison_rate", type=_rate,
                      help="share of the training images that are poisoned, of a clean-label attack "
                      "a share of the target class's (default: the attack's paper's, mostly .05)")

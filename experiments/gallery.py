@@ -12,14 +12,15 @@ import sys
 
 import numpy as np
 
+from awm_jax import validate
 from awm_jax.report import pictures
 from experiments import cli, networks, scene
 
 
 def _parser() -> argparse.ArgumentParser:
     """The options."""
-    p = cli.scene_parser("python -m experiments.gallery", "Draw attacks on images of a data set.")
-    p.set_defaults(attack=cli.attacks_of("all"))
+    p = cli.scene_parser("python -m experiments.gallery", "Draw attacks on images of a data set.",
+                         attack="all")
     p.add_argument("--images", type=cli.positive, default=2,
                    help="test images to draw (default: %(default)s)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gallery.png"),
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Draws the picture; returns the triggered images by attack."""
     if args.checkpoint is not None:
         raise ValueError("Expected no --checkpoint: a gallery shows triggers, not networks.")
+    validate.writable(args.out)
     dataset = cli.load(args)
     for name in args.attack:
         scene.untrained(name, args, dataset)  # refuses what does not fit before anything is trained

@@ -8,7 +8,6 @@ from awm_jax import metrics
 from experiments import figure_cells, results, table_cells, tables
 from experiments.table_cells import PLANS, TABLES, Cell
 
-_SCORES = ("acc", "asr", "asr_all")
 _RECORDED = ("curve", "masks")
 
 
@@ -37,10 +36,14 @@ def read(path: pathlib.Path) -> Kept:
         # Earlier releases had what `experiments.proportions` measured alone, under "shares".
         shares = {name: {"command": "proportions", **run}
                   for name, run in found.get("shares", {}).items()}
-        return Kept(dict(found["cells"]), {**shares, **found.get("measured", {})})
+        cells = {name: results.whole(cell, "versions", "commit")
+                 for name, cell in found["cells"].items()}
+        measured = {name: results.having(run, "command", "dataset", "arch", "versions", "rows")
+                    for name, run in {**shares, **found.get("measured", {})}.items()}
+        return Kept(cells, measured)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"Expected {path} to be written by experiments.report, it is damaged "
-                         f"({error}). Move it away.") from error
+                         f"({type(error).__name__}: {error}). Move it away.") from error
 
 
 def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
@@ -66,7 +69,7 @@ def collect(runs: pathlib.Path, earlier: Kept) -> Kept:
                    "versions": {**found[tables.folder(cell, runs)]["versions"],
                                 # The run's last start may have had another precision.
                                 "convolutions": done.get("convolutions", "float32")},
-                   **{when: {k: round(done[when][k], 2) for k in _SCORES}
+                   **{when: {k: round(done[when][k], 2) for k in results.SCORES}
                       for when in ("before", "after")}}
             old = cells.get(key, {})
             # A run from before runs told their commit has that at which it was rendered first.
@@ -125,7 +128,7 @@ def _measured(runs: pathlib.Path) -> dict[str, Any]:
 
 def _proportions(row: dict[str, Any]) -> dict[str, Any]:
     """A row of proportions.json with four digits."""
-    return {**{key: row[key] for key in ("network", "samples", "eps", "steps", "target")},
+    return {**{key: row[key] for key in ("key", "network", "samples", "eps", "steps", "target")},
             "shares": [[round(share, 4) for share in seed] for seed in row["shares"]],
             "error_rate": [round(rate, 4) for rate in row["error_rate"]]}
 
@@ -133,7 +136,7 @@ def _proportions(row: dict[str, Any]) -> dict[str, Any]:
 def _thresholds(row: dict[str, Any]) -> dict[str, Any]:
     """A row of thresholds.json with two digits."""
     def rounded(scores):
-        return {key: round(scores[key], 2) for key in _SCORES}
+        return {key: round(scores[key], 2) for key in results.SCORES}
 
     return {**{key: row[key] for key in ("key", "network", "defence", "set", "samples", "seed",
                                          "neurons", "used", "commit")},
@@ -148,6 +151,9 @@ _ROUNDED = {"proportions": _proportions, "thresholds": _thresholds}
 def places(plan: str, arch: str, cells: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
     """What a table has of ours: one entry a seed, by ``(attack, samples, heading)``.
 
+    Seeds whose settings are known to be others than the first one's are left out: a release that
+    changes a default has the first seed of a place anew before the others.
+
     Args:
       plan: a key of `PLANS`.
       arch: the network.
@@ -158,7 +164,11 @@ def places(plan: str, arch: str, cells: dict[str, Any]) -> dict[tuple, list[dict
     for cell in table_cells.cells((plan,), seeds, arch):
         if (key := table_cells.name(cell)) in cells:
             place = (cell.attack, cell.samples, cell.column.heading)
-            found.setdefault(place, []).append(cells[key])
+            mine = found.setdefault(place, [])
+            known = {entry["fingerprint"] for entry in (*mine[:1], cells[key])
+                     if "fingerprint" in entry}
+            if len(known) < 2:
+                mine.append(cells[key])
     return found
 
 
@@ -178,7 +188,7 @@ def measured(entry: dict[str, Any], measure: str) -> float:
     if measure != "der":
         return entry["after"][measure]
     return metrics.defence_effectiveness(*(
-        metrics.Scores(**{key: entry[when][key] for key in _SCORES}, recovered=0.0)
+        metrics.Scores(**{key: entry[when][key] for key in results.SCORES}, recovered=0.0)
         for when in ("before", "after")))
 
 

@@ -9,12 +9,12 @@ images, and of one attack and defence on several networks or with several settin
 their figures do not belong into one mean.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 
 from awm_jax import data
+from awm_jax.command.options import OneLine
 from experiments import cli, hosts, results
 
 
@@ -47,6 +47,7 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
             for name, cell in run["cells"].items():
                 alike.setdefault((cell["attack"], cell["defence"]), set()).add(
                     name.rpartition("/")[0])
+                results.whole(cell, "der")
                 kinds.add((run["dataset"], run["arch"], str(cell["samples"])))
                 cells.setdefault((cell["attack"], cell["defence"], cell["seed"]), cell)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -67,8 +68,8 @@ def merged(paths: list[pathlib.Path]) -> tuple[list[dict], int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.merge",
-                                     description="One table out of several run directories.")
+    parser = OneLine(prog="python -m experiments.merge",
+                     description="One table out of several run directories.")
     parser.add_argument("runs", nargs="+", type=pathlib.Path, help="run directories")
     parser.add_argument("--out", type=pathlib.Path, help="file for the table, beside printing it")
     args = parser.parse_args(argv)

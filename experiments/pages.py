@@ -1,6 +1,7 @@
 """Pages of text, tables and pictures, as Markdown and as one page of HTML without scripts."""
 
 import html
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -89,17 +90,26 @@ def page_html(title: str, pages: Iterable[Page]) -> str:
       The whole file.
 
     Example:
-      >>> '<h2>A &amp; B</h2><p>text</p>' in page_html('T', [Page('A & B', ['text'])])
+      >>> '<h2 id=p0>A &amp; B</h2><p>text</p>' in page_html('T', [Page('A & B', ['text'])])
       True
     """
-    parts = [f"<h2>{html.escape(page.title)}</h2>" + "".join(map(_html, page.blocks))
-             for page in pages]
+    numbered = list(enumerate(pages))
+    contents = "".join(f"<li><a href='#p{number}'>{html.escape(page.title)}</a>"
+                       for number, page in numbered)
+    parts = [f"<h2 id=p{number}>{html.escape(page.title)}</h2>"
+             + "".join(map(_html, page.blocks)) for number, page in numbered]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
             f"content='width=device-width'><title>{html.escape(title)}</title><style>body{{font:"
             "16px sans-serif;margin:1em;color-scheme:light dark}.t{overflow-x:auto}img{max-width:"
             "100%}table{border-collapse:collapse}td,th{padding:.2em .6em;border-bottom:1px solid "
-            f"#8888;white-space:nowrap}}</style><h1>{html.escape(title)}</h1>" + "".join(parts)
-            + "</html>\n")
+            f"#8888;white-space:nowrap}}</style><h1>{html.escape(title)}</h1><ul>{contents}</ul>"
+            + "".join(parts) + "</html>\n")
+
+
+def _inline(text: str) -> str:
+    """Text as HTML, its `code` and [links](file.md) too; the files lie beside the page."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    return re.sub(r"\[([^\]]+)\]\(([\w./#-]+)\)", r"<a href='\2'>\1</a>", text)
 
 
 def _html(block: str | Rows | Heading | Picture) -> str:
@@ -109,8 +119,8 @@ def _html(block: str | Rows | Heading | Picture) -> str:
     if isinstance(block, Picture):
         return f"<p><img src='{html.escape(block.file)}' alt='{html.escape(block.text)}'></p>"
     if isinstance(block, str):
-        return f"<p>{html.escape(block)}</p>"
+        return f"<p>{_inline(block)}</p>"
     head, *body = block
     lines = ["".join(f"<th>{html.escape(c)}</th>" for c in head),
-             *("".join(f"<td>{html.escape(c)}</td>" for c in row) for row in body)]
+             *("".join(f"<td>{_inline(c)}</td>" for c in row) for row in body)]
     return "<div class=t><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"

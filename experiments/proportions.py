@@ -30,7 +30,7 @@ def _bound(text: str) -> float:
 def _bounds(text: str) -> tuple[float, ...]:
     """A comma-separated list of numbers > 0."""
     try:
-        return tuple(_bound(part) for part in text.split(","))
+        return tuple(dict.fromkeys(_bound(part) for part in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers > 0, got {text!r}") from error
 
@@ -74,6 +74,18 @@ def measure(on_stage: Scene, samples: str | int, eps: float, steps: int,
              "error_rate": [float(one.error_rate) for one in found]}]
 
 
+def names(rows: list[dict]) -> list[str]:
+    """The network of each row, with what else decides it where several rows would look alike.
+
+    Args:
+      rows: as proportions.json holds them.
+    """
+    return results.apart([row["network"] for row in rows], [
+        # An earlier release's rows in figures.json have no key.
+        f"{row.get('key', '').rpartition('/')[0]}, steps {row['steps']}, {len(row['shares'])} draws"
+        for row in rows])
+
+
 def table(rows: list[dict]) -> list[list[str]]:
     """What was measured, in percent: a head, and a row a network, number of images and bound.
 
@@ -84,18 +96,18 @@ def table(rows: list[dict]) -> list[list[str]]:
       Rows of cells.
 
     Example:
-      >>> row = {'network': 'a', 'samples': 4, 'eps': .5, 'target': 1, 'error_rate': [.5],
-      ...        'shares': [[0., 1.]]}
+      >>> row = {'key': 'a/0/4', 'network': 'a', 'samples': 4, 'eps': .5, 'steps': 1, 'target': 1,
+      ...        'error_rate': [.5], 'shares': [[0., 1.]]}
       >>> table([row])[1]
       ['a', '4', '0.5', '50.00', '100.00', '100.00 (1)']
     """
     cells = [["network", "images", "eps", "error rate", "attacker's class", "largest class"]]
-    for row in rows:
+    for name, row in zip(names(rows), rows, strict=True):
         shares = 100 * np.asarray(row["shares"])
         target = "-" if row["target"] is None else results.mean_std(shares[:, row["target"]])
         largest = int(shares.mean(axis=0).argmax())
         cells.append([
-            row["network"], str(row["samples"]), f"{row['eps']:g}",
+            name, str(row["samples"]), f"{row['eps']:g}",
             results.mean_std(100 * np.asarray(row["error_rate"])), target,
             f"{results.mean_std(shares[:, largest])} ({largest})"])
     return cells

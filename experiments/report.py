@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from awm_jax import metrics
+from awm_jax.command.options import OneLine
 from experiments import cli, kept, pages, report_defences, report_figures, results, tables
 from experiments.kept import Kept
 from experiments.pages import Heading, Page, Rows
@@ -48,6 +49,7 @@ def _entry(ours: list[dict[str, Any]] | None, paper: Scores | None, table: Table
     passed = sum(value < bound for value in mine[1])
     mark = "✓" if passed == len(ours) else f"{passed}/{len(ours)}"
     shown = " / ".join(results.mean_std(values, 1) for values in mine) + f" {mark}"
+    shown += results.several_networks(ours)
     if paper is None:
         return [theirs, shown, "-"]
     return [theirs, shown, " / ".join(f"{np.mean(values) - value:+.1f}"
@@ -93,7 +95,8 @@ def _legend(table: Table, arch: str) -> str:
     der = " / DER" if "der" in table.measures else ""
     text = (f"ACC / ASR{der} in percent, {_ASR[table.measures[1]]} as in the paper; ours: "
             f"mean±standard deviation over seeds. ✓ the AWM paper's success test, ASR < 1.5/c = "
-            f"{_bound(table):.1f}; k/n: passed by k of n seeds.")
+            f"{_bound(table):.1f}; k/n: passed by k of n seeds. † seeds of several "
+            "trainings of the network, of which the first one's scores before are shown.")
     return " ".join(part for part in (text, other, *lacking, table.note) if part)
 
 
@@ -162,10 +165,14 @@ def _front(held: Kept, drawn: Rows, findings: pathlib.Path) -> Page:
 def run(args: argparse.Namespace) -> None:
     """Writes everything; a reader never sees half a file."""
     path = args.out / "figures.json"
-    if not args.runs.is_dir() and not path.exists():
-        raise FileNotFoundError(f"Expected runs of experiments.tables in {args.runs} (--runs), or "
+    runs = args.runs or tables.RUNS
+    if not runs.is_dir() and not path.exists():
+        raise FileNotFoundError(f"Expected runs of experiments.tables in {runs} (--runs), or "
                                 f"{path} of an earlier report (--out), found neither.")
-    held = kept.collect(args.runs, kept.read(path))
+    if args.runs is not None and not runs.is_dir():
+        raise FileNotFoundError(f"Expected runs of experiments.tables in --runs={runs}, found no "
+                                "such folder. Leave it out to render what --out has.")
+    held = kept.collect(runs, kept.read(path))
     results.write_json(path, held._asdict())
     every = {name: _page(name, held.cells) for name in TABLES}
     every |= report_defences.make(held)
@@ -182,10 +189,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; errors of the user's making end in one line and status 2."""
-    p = argparse.ArgumentParser(prog="python -m experiments.report", description="Render the "
-                                "papers' tables and figures from what has been run.")
-    p.add_argument("--runs", type=pathlib.Path, default=tables.RUNS,
-                   help="run directories of experiments.tables (default: %(default)s)")
+    p = OneLine(prog="python -m experiments.report",
+                description="Render the papers' tables and figures from what has been run.")
+    p.add_argument("--runs", type=pathlib.Path,
+                   help=f"run directories of experiments.tables (default: {tables.RUNS}, where "
+                   "it is, and what --out has)")
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/report"),
                    help="where the pages go; what figures.json there has of earlier runs stays "
                    "among them (default: %(default)s; this repository's are in docs/results)")

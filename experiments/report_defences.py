@@ -58,6 +58,7 @@ def _page(name: str, cells: dict[str, Any]) -> Page:
         f"{table.note} ACC / ASR / DER in percent, ASR without the images of the attacker's "
         "class; DER: defence effectiveness rating, 50 where nothing changed, 100 for a perfect "
         "attack gone for free; mean±standard deviation over seeds, a dash where nothing was run. "
+        "† seeds of several trainings of the network. "
         "s: median seconds of a purification, compiling included. Beside the papers' figures, by "
         "their count of ASR: [AWM's Table 8](awm8.md)."])
     for arch in kept.networks(name, cells):

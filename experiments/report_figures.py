@@ -13,6 +13,7 @@ from experiments.pages import Heading, Page, Picture, Rows
 
 _UNPRINTED = "The paper draws this figure; its numbers are not printed in the paper."
 _MISSING = "missing"
+_ACC, _ASR, _ERRORS = "ACC, %", "ASR, %", "error rate, %"  # vertical axes
 _EPOCHS = (0, 1, 2, 4, 5, 8, 10, 12, 16, 20, 50, 100)  # in a table; the picture has them all
 
 
@@ -97,7 +98,7 @@ def _setting_rows(figure: Figure, ours: dict[tuple, list[dict]]) -> Rows:
 def _setting_curves(figure: Figure,
                     ours: dict[tuple, list[dict]]) -> dict[str, dict[str, np.ndarray]]:
     """Panels of ACC and ASR: value, mean, standard deviation of every curve."""
-    panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
+    panels: dict[str, dict[str, np.ndarray]] = {_ACC: {}, _ASR: {}}
     for curve, points in _points(figure, ours).items():
         for number, panel in enumerate(panels.values()):
             found = [(x, *_mean_std(point[number])) for x, point in
@@ -145,20 +146,20 @@ def _record_page(name: str, record: Record, cells: dict[str, Any], out: pathlib.
 def _draw_curves(there: dict, record: Record, path: pathlib.Path, title: str) -> Rows:
     """ACC and ASR epoch by epoch, a curve an attack; the table has some of the epochs."""
     del record
-    panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
+    panels: dict[str, dict[str, np.ndarray]] = {_ACC: {}, _ASR: {}}
     for cell, found in there.items():
         curve, before = found["curve"], found["before"]
         # Curves made before all images were counted have the other ASR alone.
         asr = "asr_all" if "asr_all" in curve else "asr"
         label = cell.attack + (" (attacker's class left out)" if asr == "asr" else "")
-        for panel, key, first in (("ACC", "clean_accuracy", before["acc"]),
-                                  ("ASR", asr, before[asr])):
+        for panel, key, first in ((_ACC, "clean_accuracy", before["acc"]),
+                                  (_ASR, asr, before[asr])):
             panels[panel][label] = np.asarray(
                 [(0, first), *zip(curve["epoch"], curve[key], strict=True)])
     figures.curves(path, panels, "epoch", title)
     at = {label: {int(x): f"{acc:.1f} / {asr:.1f}" for (x, acc), asr in
-                  zip(points, panels["ASR"][label][:, 1], strict=True)}
-          for label, points in panels["ACC"].items()}
+                  zip(points, panels[_ASR][label][:, 1], strict=True)}
+          for label, points in panels[_ACC].items()}
     epochs = [epoch for epoch in _EPOCHS if any(epoch in scores for scores in at.values())]
     return [["attack", *(f"epoch {epoch}" for epoch in epochs)],
             *([label, *(scores.get(epoch, "-") for epoch in epochs)]
@@ -210,8 +211,9 @@ def _draw_shares(key: str, rows: list[dict], out: pathlib.Path) -> list[Picture]
     """Classes of each network's predictions, and error rates over the bound."""
     pictures: list[Picture] = []
     rates: dict[str, list] = {}
-    for number, network in enumerate(dict.fromkeys((r["network"], r["target"]) for r in rows)):
-        chosen = [row for row in rows if (row["network"], row["target"]) == network]
+    named = [(name, row["target"]) for name, row in zip(proportions.names(rows), rows, strict=True)]
+    for number, network in enumerate(dict.fromkeys(named)):
+        chosen = [row for own, row in zip(named, rows, strict=True) if own == network]
         picture = Picture(f"{key}-{number}.png", f"{network[0]}: predictions when perturbed")
         figures.proportions(
             out / picture.file, {f"{row['samples']} images, eps {row['eps']:g}":
@@ -223,7 +225,7 @@ def _draw_shares(key: str, rows: list[dict], out: pathlib.Path) -> list[Picture]
                 (row["eps"], *_mean_std(100 * np.asarray(row["error_rate"]))))
     if any(len(points) > 1 for points in rates.values()):
         picture = Picture(f"{key}-errors.png", "error rate over the bound")
-        figures.curves(out / picture.file, {"error rate": {
+        figures.curves(out / picture.file, {_ERRORS: {
             curve: np.asarray(points) for curve, points in rates.items()}}, "eps", picture.text)
         pictures.append(picture)
     return pictures

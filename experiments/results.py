@@ -21,6 +21,8 @@ from awm_jax.defences import DEFENCES
 from experiments import pages
 from experiments.pages import Rows
 
+SCORES = ("acc", "asr", "asr_all")  # what tables show of a network, in percent
+
 
 def versions() -> dict[str, str]:
     """Versions of what computes the numbers, and the machine."""
@@ -128,11 +130,57 @@ def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
     return cells
 
 
+def having(found: dict[str, Any], *names: str) -> dict[str, Any]:
+    """What a file has, as it is; KeyError where a part of it is missing."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise KeyError(", ".join(missing))
+    return found
+
+
+def whole(cell: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A purification as a file has it, as it is; KeyError where what tables need is missing.
+
+    Args:
+      cell: the purification.
+      names: what it must have besides status, seconds and scores.
+    """
+    having(cell, "status", "seconds", "before", "after", *names)
+    for when in ("before", "after"):
+        having(cell[when], *SCORES)
+    return cell
+
+
 def mean_std(values: Sequence[float] | np.ndarray, digits: int = 2) -> str:
     """'mean±std' with the sample standard deviation; one value stands alone."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f}±{np.std(values, ddof=1):.{digits}f}"
+
+
+def apart(names: Sequence[str], details: Sequence[str]) -> list[str]:
+    """Names, followed by their details where one name is of things that differ in them.
+
+    Example:
+      >>> apart(['a', 'b', 'a'], ['1', '1', '2'])
+      ['a (1)', 'b', 'a (2)']
+    """
+    meant: dict[str, set[str]] = {}
+    for name, detail in zip(names, details, strict=True):
+        meant.setdefault(name, set()).add(detail)
+    return [f"{name} ({detail})" if len(meant[name]) > 1 else name
+            for name, detail in zip(names, details, strict=True)]
+
+
+def several_networks(cells: Sequence[dict[str, Any]]) -> str:
+    """A mark where purifications are of more than one training of a network, else nothing.
+
+    Example:
+      >>> one, other = ({'before': {'acc': acc}} for acc in (98., 97.))
+      >>> several_networks([one, one]), several_networks([one, other])
+      ('', ' †')
+    """
+    return " †" if any(cell["before"] != cells[0]["before"] for cell in cells) else ""
 
 
 def _groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -185,8 +233,8 @@ def matrix(cells: list[dict]) -> Rows:
       cells: as `table` takes them.
 
     Returns:
-      The table, its head first; means and standard deviations over seeds, a dash where nothing
-      was run.
+      The table, its head first; means and standard deviations over seeds, `several_networks`
+      behind them; a dash where nothing was run.
     """
     groups = _groups(cells)
     attacks = list(dict.fromkeys(attack for attack, _ in groups))
@@ -203,7 +251,7 @@ def matrix(cells: list[dict]) -> Rows:
                 return "-"
             return " / ".join(mean_std(values, 1) for values in (
                 [cell["after"]["acc"] for cell in group], [cell["after"]["asr"] for cell in group],
-                [cell["der"] for cell in group]))
+                [cell["der"] for cell in group])) + several_networks(group)
 
         rows.append([defence, *map(entry, attacks)])
     return rows
@@ -238,7 +286,8 @@ def summary(cells: list[dict]) -> Rows:
             f"`{name}`", paper, needs, f"{seconds:.0f}",
             f"{mean(lambda cell: cell['after']['acc']):.1f}",
             f"{mean(lambda cell: cell['after']['asr']):.1f}",
-            f"{mean(lambda cell: cell['der']):.1f}", str(len(mine)), "-".join(map(str, seeds))])
+            f"{mean(lambda cell: cell['der']):.1f}", str(len(mine)),
+            "-".join(map(str, sorted({seeds[0], seeds[-1]})))])
     return rows
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from awm_jax import validate
 from awm_jax.data import Dataset
 from experiments import results
 
@@ -22,10 +23,14 @@ class Rows:
       args: its options: ``arch``, and ``fresh``, which begins anew.
       dataset: the data.
 
+    Raises:
+      OSError: it cannot be written there.
+
     Example: ``kept.of(f'{network}/{settings}/{seed}', measure, on_stage, seed, args)``.
     """
 
     def __init__(self, path: pathlib.Path, command: str, args: Any, dataset: Dataset):
+        validate.writable(path)  # not after the training
         self._path = path
         self._kind = {**results.about(dataset), "arch": args.arch}
         self._command = " ".join([f"python -m {command}", *sys.argv[1:]])
@@ -41,7 +46,8 @@ class Rows:
           given: what it is called with.
 
         Returns:
-          The rows as JSON has them, with ``key`` and ``commit``.
+          The rows as JSON has them, with ``key`` and ``commit``. One with ``pictures``, names of
+          files beside the JSON, is made again where one of them is gone.
         """
         if not self._of(key):
             new = [{"key": key, **row, "commit": results.commit()} for row in make(*given)]
@@ -54,8 +60,10 @@ class Rows:
         return self._of(key)
 
     def _of(self, key: str) -> list[Row]:
-        """The rows of a key that are written."""
-        return [row for row in self._read() or [] if row["key"] == key]
+        """The rows of a key that are written; none where pictures of them are gone."""
+        found = [row for row in self._read() or [] if row["key"] == key]
+        pictures = [name for row in found for name in row.get("pictures", ())]
+        return found if all((self._path.parent / name).exists() for name in pictures) else []
 
     def _read(self) -> list[Row] | None:
         """The rows there are; None for a file of something else."""

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from awm_jax import attacks, checkpoint, data, models
+from awm_jax.command.options import OneLine
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES, AWMConfig
-from experiments import cli, defending, networks, oneshot, presets, scene, table_cells
+from experiments import cli, defending, networks, oneshot, presets, results, scene, table_cells
 from experiments.table_cells import PLANS, USUAL, Cell
 
 RUNS = pathlib.Path("runs/tables")
@@ -69,8 +70,9 @@ def read(runs: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
     for path in sorted(runs.glob("*/results.json")):
         try:
             run = json.loads(path.read_text())
-            run["done"] = {(c["attack"], str(c["samples"]), c["defence"], c["seed"]): c
-                           for c in run["cells"].values()}
+            results.having(run, "dataset", "arch", "versions")
+            run["done"] = {(c["attack"], str(c["samples"]), c["defence"], c["seed"]): (
+                results.whole(c)) for c in run["cells"].values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected {path} to be written by experiments.oneshot, it is damaged "
                              f"({type(error).__name__}: {error}). Move it away.") from error
@@ -224,8 +226,9 @@ def _known(path: pathlib.Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return dict(json.loads(path.read_text())["cells"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {name: results.whole(cell)
+                for name, cell in json.loads(path.read_text())["cells"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"Expected --known={path} to be a figures.json of experiments.report, it "
                          f"cannot be read as one ({type(error).__name__}: {error}).") from error
 
@@ -245,8 +248,11 @@ def _missing(args: argparse.Namespace) -> list[Cell]:
         had = [one for one in (result(cell, found, args.runs), known.get(table_cells.name(cell)))
                if one is not None and _current(cell, one, args)]
         if key not in seen and not had:
-            seen.add(key)
             cells.append(cell)
+        seen.add(key)
+    if not seen:
+        raise ValueError("Expected a purification with these --defence, --samples and --attack in "
+                         f"{', '.join(args.tables)}, there is none. Leave some of them out.")
     return cells
 
 
@@ -270,7 +276,7 @@ def run(args: argparse.Namespace) -> int:
         where = getattr(args, f"{name}_dir")
         if where is not None and not where.is_dir():
             raise FileNotFoundError(f"Expected a folder at --{name}_dir={where}, found none.")
-    estimates = Estimates(read(args.runs), args)
+    estimates, failed = Estimates(read(args.runs), args), []
     left, ends = _missing(args), time.monotonic() + 60 * args.budget
     print(f"{len(left)} purifications are missing, about "
           f"{estimates.total(left) / 3600:.1f} h; {args.budget:g} min are given.",
@@ -282,7 +288,16 @@ def run(args: argparse.Namespace) -> int:
         started, name = time.monotonic(), " ".join(map(str, (*cell[:3], cell.column.heading)))
         print(f"{name}, seed {cell.seed}: begun, about {expected / 60:.0f} min", flush=True)
         trained = not estimates.training(cell)
-        done = _purify(cell, args)
+        try:
+            done = _purify(cell, args)
+        except (ValueError, FileNotFoundError) as error:
+            # Without a data set's files none of its networks can be had.
+            gone = isinstance(error, FileNotFoundError)
+            dropped = [c for c in left if c is cell or (gone and c.dataset == cell.dataset)]
+            left = [c for c in left if c not in dropped]
+            failed.append(f"{name}, seed {cell.seed}: {error}")
+            print(f"{failed[-1]} Left out, with {len(dropped) - 1} more.", flush=True)
+            continue
         estimates.add(cell, time.monotonic() - started if trained else done["seconds"])
         left.remove(cell)
         rest = estimates.total(left) / 3600
@@ -291,6 +306,9 @@ def run(args: argparse.Namespace) -> int:
               f"are missing, about {rest:.1f} h", flush=True)
     print(f"{len(left)} purifications are missing. python -m experiments.report --runs {args.runs} "
           "renders what there is.")
+    if failed:
+        raise ValueError(f"{len(failed)} of these could not be made, the first for this: "
+                         f"{failed[0]}")
     return len(left)
 
 
@@ -307,9 +325,8 @@ def _minutes(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(prog="python -m experiments.tables",
-                                description="Make the papers' tables and figures, as far as time "
-                                "allows.")
+    p = OneLine(prog="python -m experiments.tables",
+                description="Make the papers' tables and figures, as far as time allows.")
     p.add_argument("--tables", type=cli.several(PLANS, "table"), default=USUAL,
                    help=f"one or more of: {', '.join(PLANS)}; or all (default: "
                    f"{','.join(USUAL)}, what the small VGG does)")

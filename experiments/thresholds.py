@@ -138,8 +138,9 @@ def _curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["key"].rpartition("/")[0], []).append(row)
-    return [(", ".join([mine[0]["network"], mine[0]["defence"], *mine[0]["set"],
-                        str(mine[0]["samples"])]), mine) for mine in found.values()]
+    names = [", ".join([mine[0]["network"], mine[0]["defence"], *mine[0]["set"],
+                        str(mine[0]["samples"])]) for mine in found.values()]
+    return list(zip(results.apart(names, list(found)), found.values(), strict=True))
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -183,10 +184,10 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
 
     Example: see `run`.
     """
-    panels: dict[str, dict[str, np.ndarray]] = {"ACC": {}, "ASR": {}}
+    panels: dict[str, dict[str, np.ndarray]] = {"ACC, %": {}, "ASR, %": {}}
     for name, mine in _curves(rows):
         grid = [point["threshold"] for point in mine[0]["points"]]
-        for panel, key in (("ACC", "acc"), ("ASR", "asr")):
+        for panel, key in (("ACC, %", "acc"), ("ASR, %", "asr")):
             values = np.asarray([[point[key] for point in row["points"]] for row in mine])
             spread = values.std(axis=0, ddof=1) if len(mine) > 1 else np.zeros(len(grid))
             panels[panel][name] = np.stack([grid, values.mean(axis=0), spread], axis=1)

@@ -9,6 +9,7 @@ and the defence sees clean images alone, as everywhere.
 
 import argparse
 import functools
+import hashlib
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -32,13 +33,6 @@ _BATCH = 256  # clean images of a gradient, as many as FT-SAM's batches have
 _CHUNK = 250  # images that are given the trigger at a time, and that the watched ASR is of
 
 
-def _seed(text: str) -> int:
-    """A whole number that NumPy takes for a seed."""
-    if text.isdigit() and int(text) < 2**32:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1, got {text!r}")
-
-
 def _parser() -> argparse.ArgumentParser:
     """The options."""
     p = cli.scene_parser("python -m experiments.visualise",
@@ -52,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
                      "number (default: %(default)s)")
     how.add_argument("--purify_epochs", type=cli.positive,
                      help="epochs of the defence, where it counts any (default: its own)")
-    how.add_argument("--seed", type=_seed, default=0,
+    how.add_argument("--seed", type=cli.seed, default=0,
                      help="of the clean images, the defence and t-SNE (default: %(default)s)")
     what = p.add_argument_group("pictures")
     what.add_argument("--images", type=cli.positive, default=500,
@@ -245,28 +239,38 @@ def _draw_features(on_stage: Scene, networks: dict[str, Params], seen: Views, ar
                          f"{on_stage.name}, {args.defence}: t-SNE of the features")
 
 
-def show(on_stage: Scene, args) -> dict[str, Any]:
-    """Purifies one network and draws every figure of it; a row of visualise.json."""
+def show(on_stage: Scene, key: str, args) -> dict[str, Any]:
+    """Purifies one network and draws every figure of it; a row of visualise.json.
+
+    Args:
+      on_stage: the network.
+      key: says all that decides the row; its digest is in the pictures' names.
+      args: the command's options.
+    """
     purified, status = purify(on_stage, args)
     networks = {"backdoored": on_stage.params, "purified": purified}
     seen = views(on_stage, args.images)
-    stem = f"{on_stage.name.replace(':', '-')}-{args.defence}"
-    inside = _draw_neurons(on_stage, networks, seen, args, args.out / f"{stem}-neurons.png")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:6]
+    stem = f"{on_stage.name.replace(':', '-')}-{args.defence}-{digest}"
+    files = {what: f"{stem}-{what}.png" for what in ("neurons", "heat", "features")}
+    inside = _draw_neurons(on_stage, networks, seen, args, args.out / files["neurons"])
     if args.defence == "ft_sam":
+        files["epochs"] = f"{stem}-epochs.png"
         inside["epochs"] = _draw_epochs(on_stage, seen, inside["tac"]["backdoored"], args,
-                                        args.out / f"{stem}-epochs.png")
-    heat = _draw_heat(on_stage, networks, seen, args, args.out / f"{stem}-heat.png")
-    _draw_features(on_stage, networks, seen, args, args.out / f"{stem}-features.png")
-    return {"network": on_stage.name, "defence": args.defence, "seed": args.seed,
-            "samples": args.samples, "status": status, "before": on_stage.before._asdict(),
+                                        args.out / files["epochs"])
+    heat = _draw_heat(on_stage, networks, seen, args, args.out / files["heat"])
+    _draw_features(on_stage, networks, seen, args, args.out / files["features"])
+    return {"pictures": list(files.values()), "network": on_stage.name,
+            "defence": args.defence, "seed": args.seed, "samples": args.samples,
+            "status": status, "before": on_stage.before._asdict(),
             "after": on_stage.evaluate(purified)._asdict(),
             "images": len(seen.images), "triggered": len(seen.triggered), **inside,
             "heat_maps": heat}
 
 
-def _rows(attack: str, args, dataset: Dataset) -> list[dict[str, Any]]:
+def _rows(attack: str, key: str, args, dataset: Dataset) -> list[dict[str, Any]]:
     """`show` of the network that carries an attack."""
-    return [show(scene.make(attack, args, dataset, networks.directory()), args)]
+    return [show(scene.make(attack, args, dataset, networks.directory()), key, args)]
 
 
 def _check(args, dataset: Dataset) -> None:
@@ -310,7 +314,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                          *map(str, (args.samples, args.images, args.shown))])
     for attack in args.attack:
         key = f"{scene.network_name(attack, args, dataset)}/{settings}/{args.seed}"
-        rows += kept.of(key, _rows, attack, args, dataset)
+        rows += kept.of(key, _rows, attack, key, args, dataset)
         print(_summary(rows[-1]), flush=True)
     print(f"Everything is in {args.out}/ (visualise.json, pictures).")
     return rows

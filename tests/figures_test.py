@@ -51,6 +51,7 @@ def _report(tmp_path, runs="runs"):
 def _same_without_runs(tmp_path, out):
     """Pages and pictures come again from figures.json alone."""
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "none").mkdir()
     for path in [*out.glob("*.png"), *out.glob("*.md")]:
         path.unlink()
     _report(tmp_path, "none")
@@ -160,7 +161,8 @@ def test_commands_rows_are_found_where_the_missing_ones_are_asked_for(tmp_path, 
         assert args.arch == one.arch and args.out == tables.RUNS / name
         assert f"({name}.md) | {one.arch} | missing |" in (out / "README.md").read_text()
     run = {"dataset": "cifar10", "arch": "small_vgg", "versions": {"jax": "0"}, "rows": [
-        {"network": network, "samples": 500, "eps": eps, "steps": 1, "target": 1,
+        {"key": f"{network}/{eps}", "network": network, "samples": 500, "eps": eps,
+         "steps": 1, "target": 1,
          "shares": [[0.25, 0.75], [0.75, 0.25]], "error_rate": [eps, eps]}
         for network in ("badnets", "benign") for eps in (0.1, 0.2)]}
     path = tmp_path / "runs" / "anp_fig8-vgg" / "proportions.json"
@@ -214,10 +216,14 @@ def test_thresholds_are_drawn_and_kept(tmp_path):
 
 def test_earlier_figures_json_is_read(tmp_path):
     path = tmp_path / "figures.json"
-    path.write_text('{"cells": {"a/b/c/1/d/0": {}}}')  # without other commands' rows
-    assert kept.read(path) == kept.Kept({"a/b/c/1/d/0": {}}, {})
-    path.write_text('{"cells": {}, "shares": {"awm_fig1": {"rows": []}}}')
-    assert kept.read(path).measured == {"awm_fig1": {"command": "proportions", "rows": []}}
+    scores = {"acc": 9.0, "asr": 8.0, "asr_all": 7.0}
+    cell = {"status": "OK", "seconds": 1.0, "versions": {}, "commit": "a", "before": scores,
+            "after": scores}
+    path.write_text(json.dumps({"cells": {"a/b/c/1/d/0": cell}}))  # no other commands' rows
+    assert kept.read(path) == kept.Kept({"a/b/c/1/d/0": cell}, {})
+    run = {"dataset": "d", "arch": "a", "versions": {}, "rows": []}
+    path.write_text(json.dumps({"cells": {}, "shares": {"awm_fig1": run}}))
+    assert kept.read(path).measured == {"awm_fig1": {"command": "proportions", **run}}
     assert kept.read(tmp_path / "none.json") == kept.Kept({}, {})
 
 
@@ -228,6 +234,10 @@ def test_pages_by_hand():
     whole = pages.page_html("T", [page])
     assert "<p>x &lt; y</p><div class=t><table><tr><th>a</th></tr><tr><td>1</td></tr>" in whole
     assert "<h3>B</h3><p><img src='p.png' alt='q'></p></html>" in whole
+    assert "<ul><li><a href='#p0'>A</a></ul><h2 id=p0>A</h2>" in whole
+    marked = pages.page_html("T", [pages.Page("A", ["`<b>` of [it](awm8.md)", [["a"], ["`c`"]]])])
+    assert "<p><code>&lt;b&gt;</code> of <a href='awm8.md'>it</a></p>" in marked
+    assert "<td><code>c</code></td>" in marked
 
 
 @pytest.mark.parametrize("module", [declared, figure_cells, kept, pages, proportions, table_cells,

@@ -28,10 +28,13 @@ def test_measures_the_suspect_and_a_benign_network(tiny_dataset, capsys):
 
 
 def test_table_by_hand():
-    row = {"network": "a", "samples": 4, "eps": 0.5, "target": 1,
+    row = {"network": "a", "samples": 4, "eps": 0.5, "steps": 1, "target": 1,
            "shares": [[0.0, 0.25, 0.75], [0.0, 0.75, 0.25]], "error_rate": [0.5, 0.5]}
     line = "| a | 4 | 0.5 | 50.00±0.00 | 50.00±35.36 | 50.00±35.36 (1) |"
     assert line in proportions._table([row])
+    # Rows that would look alike say what they differ in.
+    text = proportions._table([{**row, "key": "a/s0/4"}, {**row, "key": "a/s1/4"}])
+    assert "| a (a/s0, steps 1, 2 draws) |" in text and "| a (a/s1, steps 1, 2 draws) |" in text
     assert "| 50.00±0.00 | - |" in proportions._table([{**row, "target": None}])
 
 

@@ -372,7 +372,10 @@ def test_report_by_hand(tmp_path, asked, capsys):
     assert report.main(argv) == 0
     texts = {p.name: p.read_text() for p in out.iterdir()}
     assert "\n\nBy hand.\n\n" in texts["README.md"]
-    assert report.main(["--runs", str(tmp_path / "none"), "--out", str(out)]) == 0
+    none = tmp_path / "none"
+    assert report.main(["--runs", str(none), "--out", str(out)]) == 2  # a slip of the pen
+    none.mkdir()
+    assert report.main(["--runs", str(none), "--out", str(out)]) == 0
     assert {p.name: p.read_text() for p in out.iterdir()} == texts  # from figures.json alone
 
 
@@ -384,6 +387,8 @@ def test_damaged_files_are_named_and_kept(tmp_path, asked, capsys):
     assert f"Expected {path}" in capsys.readouterr().err and path.read_text() == "[]"
     out = tmp_path / "out"
     out.mkdir()
-    (out / "figures.json").write_text("{")
-    assert report.main(["--runs", str(tmp_path / "none"), "--out", str(out)]) == 2
-    assert "figures.json" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    for damaged in ("{", '{"cells": {"a": {}}}', '{"cells": {}, "measured": {"anp_fig8": {}}}'):
+        (out / "figures.json").write_text(damaged)
+        assert report.main(["--runs", str(tmp_path / "none"), "--out", str(out)]) == 2
+        assert "figures.json" in capsys.readouterr().err

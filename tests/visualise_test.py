@@ -22,12 +22,14 @@ def test_draws_every_figure(tiny_dataset, capsys):
     out = tiny_dataset / "run"
     assert visualise.main([*ARGV, "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("badnets, ft_sam: ACC") == 1
-    stems = [f"badnets-ft_sam-{name}.png" for name in ("epochs", "features", "heat", "neurons")]
+    row, = json.loads((out / "visualise.json").read_text())["rows"]
+    stems = sorted(row["pictures"])
+    assert [stem.rpartition("-")[2] for stem in stems] == ["epochs.png", "features.png", "heat.png",
+                                                          "neurons.png"]
     assert sorted(path.name for path in out.glob("[!.]*")) == [*stems, "visualise.json"]
     for stem in stems:
         with Image.open(out / stem) as image:
             assert np.asarray(image.convert("RGB")).std() > 1
-    row, = json.loads((out / "visualise.json").read_text())["rows"]
     assert (row["layer"], row["heat_maps"]["block"], row["images"]) == ("conv2", "block2", 40)
     assert 0 < row["triggered"] < 40  # the attacker's class is left out
     for network in ("backdoored", "purified"):
@@ -44,8 +46,23 @@ def test_the_same_seed_gives_the_same_numbers_for_another_defence(tiny_dataset):
     assert "epochs" not in rows[0]
     np.testing.assert_array_equal(rows[0]["tac"]["purified"], rows[1]["tac"]["purified"])
     assert rows[0]["correlations"] == rows[1]["correlations"]
-    pictures = [(tiny_dataset / name / "badnets-clp-features.png").read_bytes() for name in "ab"]
+    features, = (name for name in rows[0]["pictures"] if name.endswith("features.png"))
+    pictures = [(tiny_dataset / name / features).read_bytes() for name in "ab"]
     assert pictures[0] == pictures[1]
+
+
+def test_another_seed_draws_its_own_pictures_and_lost_ones_come_again(tiny_dataset):
+    def run(seed):
+        argv = [*ARGV, "--defence", "clp", "--seed", seed, "--out", str(tiny_dataset / "run")]
+        row, = visualise.run(visualise._parser().parse_args(argv))
+        return {tiny_dataset / "run" / name for name in row["pictures"]}
+
+    first, second = run("0"), run("1")
+    assert not first & second and all(path.exists() for path in first | second)
+    before = {path: path.read_bytes() for path in first}
+    lost = min(first)
+    lost.unlink()
+    assert run("0") == first and {path: path.read_bytes() for path in first} == before
 
 
 @pytest.mark.parametrize("argv, word", [

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from awm_jax.report.pictures import _grid, _save, _show
+from awm_jax.report.pictures import _grid, _save, _show, lowest
 
 
 def neurons(path: str | os.PathLike, panels: Mapping[str, Mapping[str, np.ndarray]],
@@ -39,8 +39,7 @@ def neurons(path: str | os.PathLike, panels: Mapping[str, Mapping[str, np.ndarra
         axis.set_title(name, fontsize=9)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.set_axis_off()
+    lowest(axes, len(panels))
     if any(len(series) > 1 for series in panels.values()):
         figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, markerscale=2,
                       loc="outside right center")

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from awm_jax.report.pictures import _save
+from awm_jax.report.pictures import _save, lowest
 
 _BINS = np.linspace(0.0, 1.0, 11)
 _PANELS = {"clean_loss": "loss", "trigger_loss": "loss", "mask_l1": "mask L1"}
+_PERCENT = "%"
 
 
 def history(path: str | os.PathLike, curves: Mapping[str, list[float] | np.ndarray],
@@ -36,7 +37,7 @@ def history(path: str | os.PathLike, curves: Mapping[str, list[float] | np.ndarr
     panels: dict[str, list[str]] = {}
     for name in curves:
         if name != "epoch":
-            panels.setdefault(_PANELS.get(name, ""), []).append(name)
+            panels.setdefault(_PANELS.get(name, _PERCENT), []).append(name)
     figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, names) in zip(axes, panels.items(), strict=True):
@@ -127,12 +128,14 @@ def curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, np.ndarray
     if not drawn or any(p.ndim != 2 or p.shape[1] not in (2, 3) for _, _, p in drawn):
         raise ValueError("Expected curves of shape [k, 2] or [k, 3], got "
                          + (", ".join(f"{name} {p.shape}" for _, name, p in drawn) or "none") + ".")
-    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels) + 2.0, 3.4), layout="constrained")
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    order = list(dict.fromkeys(name for _, name, _ in drawn))  # of one colour in every panel
     for panel, name, points in drawn:
         spread = points[:, 2] if points.shape[1] == 3 else None
         many = len(points) > 20
         axes[panel].errorbar(points[:, 0], points[:, 1], yerr=spread, label=name, capsize=2,
+                             color=f"C{order.index(name) % 10}",
                              marker=None if many else "o", markersize=3, elinewidth=0.8)
     for panel, axis in axes.items():
         if log:
@@ -140,7 +143,10 @@ def curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, np.ndarray
         axis.set_xlabel(label)
         axis.set_ylabel(panel)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    # One for all panels, in the order of first appearance, beside them: within it hides points.
+    handles = {label: handle for axis in axes.values()
+               for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right center")
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
@@ -151,7 +157,8 @@ def proportions(path: str | os.PathLike, panels: Mapping[str, np.ndarray], targe
 
     Args:
       path: the PNG.
-      panels: names to shares ``[seeds, c]`` in [0, 1]; means are bars, standard deviations lines.
+      panels: names to shares ``[seeds, c]`` in [0, 1]; means are bars, sample standard deviations
+        of several seeds lines.
       target: the attacker's class, drawn red; None for all-to-all.
       title: shown on top.
 
@@ -171,15 +178,14 @@ def proportions(path: str | os.PathLike, panels: Mapping[str, np.ndarray], targe
     for axis, (name, shares) in zip(axes.flat, panels.items(), strict=False):
         percent = 100 * np.asarray(shares)
         classes = np.arange(percent.shape[1])
-        axis.bar(classes, percent.mean(axis=0), yerr=percent.std(axis=0), width=0.9,
+        spread = percent.std(axis=0, ddof=1) if len(percent) > 1 else None
+        axis.bar(classes, percent.mean(axis=0), yerr=spread, width=0.9,
                  color=["tab:red" if c == target else "tab:blue" for c in classes],
                  error_kw={"elinewidth": 0.8})
         axis.set_title(name, fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("% of predictions")
-    for axis in axes[-1]:
+    for axis in lowest(axes, len(panels)):
         axis.set_xlabel("class" + ("" if target is None else f" (attacker's {target} in red)"))
-    for axis in list(axes.flat)[len(panels):]:
-        axis.set_axis_off()
     figure.suptitle(title, fontsize=10)
     _save(figure, path)

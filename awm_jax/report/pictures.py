@@ -20,6 +20,21 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def lowest(axes: np.ndarray, count: int) -> list[Any]:
+    """Of a grid of which ``count`` axes are used, row by row: hides the others.
+
+    Returns:
+      The lowest used axis of every column, given the tick labels that a hidden one had.
+    """
+    columns = axes.shape[1]
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    found = [axes[(count - 1 - column) // columns, column] for column in range(min(columns, count))]
+    for axis in found:
+        axis.tick_params(labelbottom=True)
+    return found
+
+
 def _grid(rows: int, columns: int, width: float = 1.6) -> tuple[Any, np.ndarray]:
     """A figure without a window, and its axes without ticks."""
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ import numpy as np
 from awm_jax import models, projections, validate
 from awm_jax.defences import AWMConfig, awm_batches, awm_losses, awm_steps
 from awm_jax.defences.awm_config import Settings
-from awm_jax.defences.base import as_batch, sound_network
+from awm_jax.defences.base import as_batch, as_key, sound_network
 from awm_jax.defences.neural_cleanse import anomaly_index
 from awm_jax.defences.survey import KEEPS_ABOVE, LEAST_DAMAGE, STAYS_BELOW, Survey
 from awm_jax.types import Batch, Params
@@ -163,14 +163,14 @@ def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
 _jit_look = jax.jit(look, static_argnames="settings")
 
 
-def scan(params: Params, batch: Batch, *, key: jax.Array | None = None,
+def scan(params: Params, batch: Batch, *, key: jax.Array | int | None = None,
          config: AWMConfig | None = None) -> Findings:
     """Looks for a backdoor with a few clean images, knowing neither trigger nor target.
 
     Args:
       params: the network.
       batch: clean images ``[n, H, W, C]`` float32 in [0, 1] and labels ``[n]``.
-      key: PRNG key of minibatches; the same key gives the same findings.
+      key: PRNG key of minibatches, or a seed; the same key gives the same findings.
       config: AWM's default variant, whose survey and bounds are used.
 
     Returns:
@@ -179,7 +179,7 @@ def scan(params: Params, batch: Batch, *, key: jax.Array | None = None,
     Raises:
       ValueError: images that do not fit the network, NaN in images, weights or what the network
         gives, or a variant of AWM without a survey.
-      TypeError: no network or batch.
+      TypeError: no network, batch or key.
 
     Example: `scan(params, batch).score`.
     """
@@ -191,7 +191,7 @@ def scan(params: Params, batch: Batch, *, key: jax.Array | None = None,
     settings = config.resolve(len(batch.images), params.arch.image_shape)
     if not settings.survey_steps:
         raise ValueError(f"Expected a variant with a survey, {config.variant} has none.")
-    key = jax.random.key(0) if key is None else key
+    key = as_key(key)
     found = jax.device_get(_jit_look(key, params, jnp.asarray(batch.images, jnp.float32),
                                      jnp.asarray(batch.labels, jnp.int32), settings))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import torch_files, validate
+from awm_jax import checkpoint, torch_files, validate
 from awm_jax.torch_files import COUNTER, copies, load_state_dict
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
@@ -205,6 +205,7 @@ def params_from_state_dict(state: Mapping[str, Any], arch: Arch | str | None = N
 
 def _arrays(params: Params, template: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     """Every tensor in float32 and PyTorch's layout, batch counters at zero; fits the template."""
+    checkpoint.ours_only(params.arch)
     out: dict[str, np.ndarray] = {}
     for entry in entries(params.arch, template or ()):
         out[entry.name] = np.ascontiguousarray(

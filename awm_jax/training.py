@@ -45,6 +45,7 @@ class TrainConfig:
         validate.whole(1, epochs=self.epochs, batch_size=self.batch_size)
         validate.positive(peak_lr=self.peak_lr)
         validate.whole(0, crop=self.crop)
+        validate.boolean(augment=self.augment, flip=self.flip)
         validate.at_least(0, weight_decay=self.weight_decay)
 
 

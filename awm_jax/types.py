@@ -38,11 +38,11 @@ class Arch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignArch(Arch):
-    """What somebody else's network is; made by `Params.from_flax`.
+    """What somebody else's network is; made by `Params.from_flax` and `Params.from_nnx`.
 
     Args:
-      module: its Flax Linen module, hashable, as this record is; `awm_jax.models.module` gives it
-        back.
+      module: its Flax Linen module (of an NNX model one that wraps it), hashable, as this record
+        is; `awm_jax.models.module` gives it back.
 
     Example: `Params.from_flax(net, variables, image_shape=(8, 8, 3)).arch.module`.
     """
@@ -72,7 +72,7 @@ class Params:
         """A network of somebody else's, a Flax Linen module, in place of one of ours.
 
         ``module.__call__(images)`` must return logits ``[B, c]`` of images ``[B, H, W, C]``. It is
-        told its mode by whichever of these arguments it has: ``train``, ``training`` (False to
+        told its mode through whichever of these arguments it has: ``train``, ``training`` (False to
         evaluate), ``deterministic``, ``use_running_average`` (True to evaluate).
 
         Args:
@@ -87,8 +87,10 @@ class Params:
 
         Raises:
           TypeError: no instance of a Linen module, or one that cannot be hashed.
-          ValueError: variables that do not fit the module, other collections, or a result that is
-            not ``[B, c]`` with c >= 2.
+          ValueError: variables that do not fit the module, other collections, a result that is
+            not ``[B, c]`` with c >= 2, or a module that uses a batch's statistics to evaluate.
+
+        Warns (UserWarning) of BatchNorm in a module with no argument for its mode.
 
         Example:
           >>> from flax import linen as nn
@@ -100,6 +102,57 @@ class Params:
         from awm_jax.models import foreign
 
         return foreign.params(module, variables, image_shape=image_shape, mean=mean, std=std)
+
+    @classmethod
+    def from_nnx(cls, model: Any, *, image_shape: tuple[int, int, int],
+                 mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+                 std: tuple[float, ...] = (1.0, 1.0, 1.0)) -> "Params":
+        """A network of somebody else's, a Flax NNX model, in place of one of ours.
+
+        ``model(images)`` must return logits ``[B, c]`` of images ``[B, H, W, C]``, with no more
+        arguments; ``model.train()`` and ``model.eval()`` must be what tells it its mode. The model
+        itself is not changed.
+
+        Args:
+          model: the model, with its weights; variables other than Param, BatchStat and random
+            streams are refused.
+          image_shape: ``(height, width, channels)`` of one image.
+          mean: per-channel mean subtracted from images in [0, 1] before the model sees them.
+          std: per-channel positive scale that divides them afterwards.
+
+        Returns:
+          `Params`, float32, whose ``arch`` is a `ForeignArch`; `to_nnx` gives them back.
+
+        Raises:
+          TypeError: no NNX model.
+          ValueError: other variables, a model that cannot be called so, a result that is not
+            ``[B, c]`` with c >= 2, or batch statistics in evaluation.
+
+        Example:
+          >>> from flax import nnx
+          >>> net = nnx.Sequential(lambda x: x.mean((1, 2)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+          >>> Params.from_nnx(net, image_shape=(8, 8, 3)).arch.num_classes
+          4
+        """
+        from awm_jax.models import nnx_modules
+
+        return nnx_modules.params(model, image_shape=image_shape, mean=mean, std=std)
+
+    def to_nnx(self, model: Any) -> None:
+        """Puts these weights and statistics into an NNX model, in place.
+
+        Args:
+          model: as `from_nnx` was given, or another of its class and sizes.
+
+        Raises:
+          TypeError: no NNX model, or a network that does not come from one.
+          ValueError: a model with arrays of other names or shapes.
+
+        Example: `purified.params.to_nnx(model)`.
+        """
+        from awm_jax.models import nnx_modules
+
+        nnx_modules.update(model, self)
 
     def to_flax(self) -> dict[str, Any]:
         """The variables of ``module.apply``: ``{'params': ..., 'batch_stats': ...}``.

@@ -18,11 +18,42 @@ def choice(choices: Iterable[str], **named: str) -> None:
 
 
 def _finite(name: str, value: Any) -> bool:
-    """Whether a number is finite; ValueError for what is none."""
-    try:
-        return bool(np.isfinite(value))
-    except (TypeError, ValueError):
-        raise ValueError(f"Expected {name} to be a number, got {value!r}.") from None
+    """Whether a number is finite; ValueError for what is none, such as an array or True."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ValueError(f"Expected {name} to be a number, got {value!r}.")
+    return bool(np.isfinite(value))
+
+
+def boolean(**named: bool) -> None:
+    """Raises ValueError unless each named value is True or False; text such as 'False' is true.
+
+    Example:
+      >>> boolean(flip='False')
+      Traceback (most recent call last):
+      ...
+      ValueError: Expected flip='False' to be True or False.
+    """
+    for name, value in named.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"Expected {name}={value!r} to be True or False.")
+
+
+def layers(**named: Any) -> None:
+    """Raises ValueError unless each named value is a name or a tuple of names.
+
+    Which names there are depends on the network: `awm_jax.masks.init` looks.
+
+    Example:
+      >>> layers(layers=3)
+      Traceback (most recent call last):
+      ...
+      ValueError: Expected layers=3 to be a text, such as 'conv', or a tuple of layer names.
+    """
+    for name, value in named.items():
+        if not (isinstance(value, str) or (
+                isinstance(value, tuple) and all(isinstance(part, str) for part in value))):
+            raise ValueError(f"Expected {name}={value!r} to be a text, such as 'conv', or a tuple "
+                             "of layer names.")
 
 
 def positive(**named: float) -> None:
@@ -147,6 +178,8 @@ def training_set(images: np.ndarray, labels: np.ndarray, *, num_classes: int,
             f"Expected uint8 images [N, {', '.join(map(str, image_shape))}], got "
             f"{images.dtype} {list(images.shape)}."
         )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"Expected integer labels, got {labels.dtype}.")
     if labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"Expected {len(images)} labels in 0..{num_classes - 1}, got shape "

@@ -107,6 +107,49 @@ def test_the_mode_is_told_by_its_own_name(net, name, in_training, images):
                  updated["batch_stats"])
 
 
+class BatchAlways(nn.Module):
+    """As Flax's own bridge from NNX does, which takes any argument and hands none on."""
+
+    @nn.compact
+    def __call__(self, x, *args, **kwargs):
+        self.variable("batch_stats", "mean", jnp.zeros, 3)
+        return nn.Dense(3)((x - x.mean((0, 1, 2))).max((1, 2)))
+
+
+class RunningAlways(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(x).mean((1, 2)))
+
+
+def test_a_mode_that_cannot_be_told_is_refused_or_warned_of(images):
+    variables = BatchAlways().init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match=r"normalises by the batch.*train, training"):
+        Params.from_flax(BatchAlways(), variables, image_shape=SHAPE)
+    variables = RunningAlways().init(jax.random.key(0), images)
+    with pytest.warns(UserWarning, match="will keep these statistics") as caught:
+        Params.from_flax(RunningAlways(), variables, image_shape=SHAPE)
+    assert caught[0].filename == __file__
+
+
+def test_what_feeds_a_batchnorm_is_found_by_a_call(images):
+    """A pre-activation block's sum is no convolution's."""
+    class Foreign(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            for _ in range(2):
+                y = nn.BatchNorm(use_running_average=not train)(nn.Conv(3, (3, 3))(x))
+                x = x + nn.relu(y)
+            x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    net = Foreign()
+    params = Params.from_flax(net, _variables(net, train=False), image_shape=SHAPE)
+    assert models.norm_inputs(params.arch) == {"BatchNorm_0": "Conv_0", "BatchNorm_1": "Conv_1"}
+    pruned = defences.clp(params, config=defences.clp.Config(u=0.0)).info["pruned"]
+    assert set(pruned) == {"BatchNorm_0", "BatchNorm_1"}
+
+
 def test_variables_there_and_back(images):
     net = WithTrain()
     variables = _variables(net, train=False)
@@ -252,7 +295,7 @@ def test_what_models_tells_of_it(foreign_params, images):
     arch = foreign_params.arch
     assert isinstance(arch, ForeignArch) and models.module(arch) == WithTrain()
     models.check(arch)
-    assert models.norm_inputs(arch) == {}
+    assert models.norm_inputs(arch) == {"norm": "conv1"}
     drawn = models.create(jax.random.key(0), arch)
     assert jax.tree.map(jnp.shape, drawn.to_flax()) == jax.tree.map(
         jnp.shape, foreign_params.to_flax())

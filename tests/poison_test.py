@@ -81,6 +81,10 @@ def test_poisoning_checks_the_set():
             attacks.poison(KEY, attack, wrong, labels, 0.5)
     with pytest.raises(TypeError, match="int32"):
         attacks.poison(KEY, attack, images.astype(np.int32), labels, 0.5)
+    for value in (200.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"float images in \[0, 1\], got .*by 255"):
+            attacks.poison(KEY, attacks.make("badnets", KEY, SHAPE, 10),
+                           np.full((20, *SHAPE), value, np.float32), np.zeros(20, np.int32), 0.2)
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -147,6 +147,10 @@ def _check_set(attack: Attack, images: np.ndarray, labels: np.ndarray) -> None:
             f"Expected uint8 images in 0..255 or float images in [0, 1], got {images.dtype}. "
             "Convert them with images.astype(np.uint8)."
         )
+    if images.dtype != np.uint8 and images.size and not (
+            images.min() >= 0 and images.max() <= 1):  # NaN is neither
+        raise ValueError(f"Expected float images in [0, 1], got [{images.min():.3g}, "
+                         f"{images.max():.3g}]. Divide images of 0..255 by 255.")
     like = jax.ShapeDtypeStruct(images.shape, jnp.float32)
     try:
         fits = jax.eval_shape(attack.trigger, like).shape == images.shape

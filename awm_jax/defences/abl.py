@@ -62,6 +62,7 @@ class ABLConfig:
         validate.whole(1, tune_epochs=self.tune_epochs, finetune_epochs=self.finetune_epochs,
                        unlearn_epochs=self.unlearn_epochs, batch_size=self.batch_size)
         validate.whole(0, crop=self.crop)
+        validate.boolean(flip=self.flip)
         validate.at_least(0, gamma=self.gamma, weight_decay=self.weight_decay)
         validate.choice(_VARIANTS, ascent=self.ascent)
         validate.between(0.0, 0.5, isolate=self.isolate)

@@ -54,6 +54,7 @@ class ANPConfig(PruneConfig):
         validate.positive(lr=self.lr, eps=self.eps)
         validate.between(0.0, 1.0, momentum=self.momentum, alpha=self.alpha)
         validate.whole(0, crop=self.crop)
+        validate.boolean(flip=self.flip)
 
 
 class Proportions(NamedTuple):

@@ -1,6 +1,7 @@
 """Adversarial Weight Masking and its parts, as registered defences; see `awm_purify.purify`."""
 
 import jax
+import numpy as np
 
 from awm_jax.defences import awm_purify, awm_steps
 from awm_jax.defences.awm_config import AWMConfig
@@ -25,7 +26,10 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 def _awm(name: str, variant: str, paper: str, ablation: bool = False) -> Defence:
     """One variant of `AWMConfig` as a defence of its own."""
     return Defence(name=name, method=_method, default=AWMConfig(variant=variant),
-                   remit=_REMIT, paper=f"AWM paper, {paper}", ablation=ablation)
+                   remit=_REMIT, paper=f"AWM paper, {paper}", ablation=ablation,
+                   ended=lambda outcome: awm_purify.settled(
+                       np.asarray(outcome.info["history"]["mask_mean"])),
+                   fixed=() if name == "awm" else ("variant",))
 
 
 awm = _awm("awm", "distilled", "Algorithm 1, with this project's changes")

@@ -230,6 +230,9 @@ class AWMConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         validate.choice(VARIANTS, variant=self.variant)
+        validate.boolean(flip=self.flip)
+        if self.layers is not None:
+            validate.layers(layers=self.layers)
         for name in ("epochs", "inner_steps", "outer_steps", "batch_size"):
             if getattr(self, name) is not None:
                 validate.whole(1, **{name: getattr(self, name)})
@@ -244,8 +247,8 @@ class AWMConfig:
             validate.between(0.0, 1.0, alpha=self.alpha)
         if self.replay is not None:
             validate.between(0.0, 1.0, replay=self.replay)
-        if self.l2_weight is not None and not math.isfinite(self.l2_weight):
-            raise ValueError(f"Expected l2_weight={self.l2_weight} to be finite.")
+        if self.l2_weight is not None:
+            validate.between(-math.inf, math.inf, l2_weight=self.l2_weight)
         if self.gamma is not None:
             validate.at_least(0.0, gamma=self.gamma)
         validate.whole(0, copies=self.copies, repair=self.repair)
@@ -300,7 +303,7 @@ def _as_tuple(tau: float | tuple[float, ...] | None) -> tuple[float, ...]:
     """No bound, one bound or several, as a tuple."""
     if tau is None:
         return ()
-    return tau if isinstance(tau, tuple) else (float(tau),)
+    return tau if isinstance(tau, tuple) else (tau,)
 
 
 def table_7_batch_size(num_images: int) -> int:

@@ -2,17 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awm_jax import masks as masking
 from awm_jax import validate
 from awm_jax.defences import awm_batches, awm_repair, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig, Settings
 from awm_jax.defences.awm_losses import AWMInfo
 from awm_jax.defences.awm_steps import AWMState
-from awm_jax.defences.base import Status, agreement, as_batch, sound_network, warn_if_wrong
+from awm_jax.defences.base import (
+    Status,
+    agreement,
+    as_batch,
+    as_key,
+    sound_network,
+    warn_if_wrong,
+)
 from awm_jax.defences.survey import Survey
 from awm_jax.types import Batch, Masks, Params
 
@@ -53,7 +62,7 @@ _jit_network = jax.jit(awm_steps.network)
 
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
-           key: jax.Array | None = None,
+           key: jax.Array | int | None = None,
            on_epochs: Callable[[int, int, AWMState, dict[str, float]], bool | None] | None = None,
            every: int | None = None, survey: Survey | None = None) -> Purified:
     """Erases a backdoor by learning masks in [0, 1] over kernels, by default the convolutions'.
@@ -68,7 +77,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
       batch: clean images ``[n, H, W, C]`` float32 in [0, 1] and labels ``[n]``.
       config: `AWMConfig`; by default the project's variant, ``AWMConfig(variant='paper')`` for the
         paper's.
-      key: PRNG key of minibatches and augmentation; the same key gives the same masks.
+      key: PRNG key of minibatches and augmentation, or a seed; the same key gives the same masks.
       on_epochs: called between compiled stretches as ``(done, total, state, latest)``; where it
         returns True the run ends, with the masks from before that stretch.
       every: epochs a stretch, a divisor of the epochs; by default the largest up to 5.
@@ -80,7 +89,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     Raises:
       ValueError: images that do not fit the network or lie outside [0, 1], labels out of range,
         NaN in images or weights, a survey of another network or beside a variant that makes none.
-      TypeError: another defence's config, or no network or batch.
+      TypeError: another defence's config, or no network, batch or key.
 
     Warns (UserWarning) where the network gets half of the images or more wrong, as one does that
     expects other normalisation than ``params.arch`` says.
@@ -99,7 +108,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     Reference: AWM paper, eq. 4.4 and Algorithm 1.
     """
     config = AWMConfig() if config is None else config
-    key = jax.random.key(0) if key is None else key
+    key = as_key(key)
     batch = _checked(params, batch, config)
     given = jnp.asarray(batch.images, jnp.float32)
     warn_if_wrong(params, given, batch.labels)
@@ -138,6 +147,9 @@ def _checked(params: Params, batch: Batch, config: AWMConfig) -> Batch:
     batch = as_batch(batch)
     validate.labelled_images(batch.images, batch.labels, num_classes=params.arch.num_classes,
                              image_shape=params.arch.image_shape)
+    if config.layers not in (None, "deep"):  # before a survey that takes minutes
+        layers: Any = config.layers
+        jax.eval_shape(lambda weights: masking.init(weights, layers), params.weights)
     return batch
 
 
@@ -229,5 +241,18 @@ def _status(state: AWMState, history: dict[str, np.ndarray], agreed: float) -> S
     mean = history["mask_mean"]
     if not len(mean):
         return Status.STOPPED
-    moved = abs(mean[-1] - mean[-1 - max(1, len(mean) // 10)]) if len(mean) > 1 else np.inf
+    return settled(mean)
+
+
+def settled(means: np.ndarray) -> Status:
+    """Whether the masks have come to rest: ``OK`` or ``NOT_CONVERGED``.
+
+    Args:
+      means: ``[epochs]`` of the masks, one at least.
+
+    Example:
+      >>> settled(np.array([1.0, .9, .9])).name
+      'OK'
+    """
+    moved = abs(means[-1] - means[-1 - max(1, len(means) // 10)]) if len(means) > 1 else np.inf
     return Status.NOT_CONVERGED if moved > 0.01 else Status.OK

@@ -114,6 +114,8 @@ class Defence:
         ``'training'`` set in uint8.
       ablation: a method taken apart for study, not meant for use.
       fits: raises ValueError, saying what is missing, for an architecture it cannot work on.
+      fixed: settings that make it this defence: another value of theirs is refused.
+      ended: what else there is to say of a run that stayed finite and kept the images' classes.
 
     Example: see docs/adding_a_defence.md.
     """
@@ -126,15 +128,37 @@ class Defence:
     needs: str = "clean"
     ablation: bool = False
     fits: Callable[[Arch], None] = lambda arch: None
+    fixed: tuple[str, ...] = ()
+    ended: Callable[[Outcome], Status] = lambda outcome: Status.OK
 
     def __post_init__(self):
         """Checks what can be checked without running."""
         validate.choice(_NEEDS, needs=self.needs)
 
-    @property
-    def Config(self) -> type:
-        """The type of its settings: ``defences.ft(params, batch, config=defences.ft.Config())``."""
-        return type(self.default)
+    def Config(self, **settings: Any) -> Any:
+        """Its settings, of which some are given: a record of the type of ``default``.
+
+        Args:
+          **settings: fields of that type; the others are as in ``default``.
+
+        Raises:
+          TypeError: no such field.
+          ValueError: a value outside its range, or another one of a setting that is ``fixed``.
+
+        Example: ``defences.ft(params, batch, config=defences.ft.Config(epochs=20))``.
+        """
+        config = dataclasses.replace(self.default, **settings)
+        self._check_fixed(config)
+        return config
+
+    def _check_fixed(self, config: Any) -> None:
+        """ValueError for settings that are another defence's."""
+        for name in self.fixed:
+            own, given = getattr(self.default, name), getattr(config, name)
+            if given != own:
+                raise ValueError(f"Expected {name}={own!r} of {self.name}, got {given!r}, which is "
+                                 f"another defence. awm_jax.defences.{self.name}.Config(...) has "
+                                 "the settings of this one.")
 
     def run(self, key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
             config: Any) -> Outcome:
@@ -169,15 +193,15 @@ class Defence:
         return jax.jit(self.run, static_argnames="config")
 
     def __call__(self, params: Params, batch: Batch | None = None, *,
-                 key: jax.Array | None = None, config: Any = None) -> Result:
+                 key: jax.Array | int | None = None, config: Any = None) -> Result:
         """Purifies a network.
 
         Args:
           params: the suspect network.
           batch: clean images ``[n, H, W, C]`` float32 in [0, 1] and labels ``[n]``; for a defence
             that needs the training set, all of that, in uint8; a data-free one takes none.
-          key: PRNG key; the same key gives the same result.
-          config: settings, of the type of ``default``.
+          key: PRNG key, or a seed; the same key gives the same result.
+          config: settings, of the type of ``default``: ``Config(...)`` makes them.
 
         Returns:
           `Result`.
@@ -185,15 +209,16 @@ class Defence:
         Raises:
           ValueError: a network that it cannot work on (`fits`), no data where some are needed,
             data that do not fit the network or lie outside [0, 1], NaN in images or weights.
-          TypeError: network, images or labels of the wrong kind, or another defence's config.
+          TypeError: network, images, labels or key of the wrong kind, or another defence's config.
 
         Warns (UserWarning) where the network gets half of the clean images or more wrong.
         """
         config = self.default if config is None else config
-        if not isinstance(config, self.Config):
-            raise TypeError(f"Expected config of type {self.Config.__name__} for {self.name}, got "
-                            f"{type(config).__name__}.")
-        key = jax.random.key(0) if key is None else key
+        if not isinstance(config, type(self.default)):
+            raise TypeError(f"Expected config of type {type(self.default).__name__} for "
+                            f"{self.name}, got {type(config).__name__}.")
+        self._check_fixed(config)
+        key = as_key(key)
         images, labels = self.checked(params, batch)
         if self.needs == "clean":
             warn_if_wrong(params, images, labels)
@@ -231,7 +256,7 @@ class Defence:
             return Status.NONFINITE
         if self.needs == "clean" and agreement(params, outcome.params, images) < 0.9:
             return Status.CLEAN_ACCURACY_LOST
-        return Status.OK
+        return self.ended(outcome)
 
 
 def sound_network(params: Any) -> None:
@@ -244,6 +269,19 @@ def sound_network(params: Any) -> None:
     finite_weights(params)
 
 
+def as_key(key: Any) -> jax.Array:
+    """A PRNG key: the one given, that of a seed, or that of seed 0; TypeError for what is none."""
+    if key is None or (isinstance(key, (int, np.integer)) and not isinstance(key, bool)):
+        return jax.random.key(int(key or 0))
+    if isinstance(key, jax.Array) and key.shape == () and (
+            jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        return key
+    if getattr(key, "dtype", None) == np.uint32 and key.shape == (2,):  # of jax.random.PRNGKey
+        return jnp.asarray(key)
+    raise TypeError(f"Expected key to be one PRNG key, such as jax.random.key(0), or a seed; got "
+                    f"{key!r}.")
+
+
 def as_batch(batch: Any) -> Batch:
     """A batch, also of a pair of images and labels; TypeError for what is neither."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
@@ -254,10 +292,10 @@ def as_batch(batch: Any) -> Batch:
 def norms_needed(arch: Arch) -> None:
     """ValueError for a network without BatchNorm, `Defence.fits` of what prunes its channels."""
     if not models.norm_inputs(arch):
-        why = ("does not tell what feeds any: the networks of awm_jax.models do"
-               if isinstance(arch, ForeignArch) else "has none")
-        raise ValueError(f"Expected a network with BatchNorm, {arch.name} {why}. Choose another "
-                         "defence.")
+        more = (", or give the module a method norm_inputs() that returns {'norm': 'convolution'}"
+                if isinstance(arch, ForeignArch) else "")
+        raise ValueError(f"Expected a network with BatchNorm behind convolutions, {arch.name} has "
+                         f"none. Choose another defence{more}.")
 
 
 def classifier_needed(arch: Arch) -> None:

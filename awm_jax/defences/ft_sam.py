@@ -40,6 +40,7 @@ class FTSAMConfig(tuning.TuneConfig):
     def __post_init__(self):
         """Checks every range before any work starts."""
         super().__post_init__()
+        validate.boolean(adaptive=self.adaptive)
         validate.positive(rho=self.radius)
         validate.between(0.0, 1.0, label_smoothing=self.label_smoothing)
 

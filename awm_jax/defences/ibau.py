@@ -222,5 +222,6 @@ ibau = Defence(
 ibau_official = Defence(
     # As the published code runs: one image of a hundred is perturbed.
     name="ibau_official", method=_method, default=IBAUConfig(patching="official"), remit=WEIGHTS,
+    fixed=("patching",),
     paper="Zeng et al. 2022, as their published code runs: 1% of a batch is perturbed",
 )

@@ -62,9 +62,12 @@ class NCConfig(tuning.TuneConfig):
         validate.whole(1, search_epochs=self.search_epochs, patience=self.patience,
                        search_batch_size=self.search_batch_size, chunk=self.chunk)
         validate.positive(search_lr=self.search_lr, cost=self.cost, threshold=self.threshold)
+        validate.boolean(always=self.always)
         for name in ("cost_up", "cost_down"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"Expected {name}={getattr(self, name)} > 1.")
+            value = getattr(self, name)
+            validate.at_least(1, **{name: value})
+            if value == 1:
+                raise ValueError(f"Expected {name}={value} > 1.")
         validate.between(0.0, 1.0, success=self.success, stamped=self.stamped)
 
 

@@ -11,9 +11,9 @@ import optax
 from awm_jax import losses, models, validate
 from awm_jax.data import mixing
 from awm_jax.defences import neurons, tuning
-from awm_jax.defences.base import Defence, Remit, by_path, norms_needed
+from awm_jax.defences.base import Defence, Remit, by_path
 from awm_jax.defences.neurons import Factors
-from awm_jax.types import Params
+from awm_jax.types import Arch, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ def bounds(params: Params, config: NFTConfig) -> dict[str, float]:
     Reference: Karim et al. 2024 (NFT).
     """
     if not neurons.has_norms(params):
-        raise ValueError("Expected a network with BatchNorm, whose channels NFT masks.")
+        raise ValueError("Expected a network with BatchNorm, whose channels NFT masks; "
+                         f"{params.arch.name} has none. Choose another defence.")
     layers = list(models.norm_inputs(params.arch))
     found = [path.removesuffix("/scale") for path in by_path(params.weights)
              if path.endswith("/scale")]
@@ -81,6 +82,11 @@ def bounds(params: Params, config: NFTConfig) -> dict[str, float]:
         layers = sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)])
     return {layer: config.floor * float(np.exp(-config.decay * depth))
             for depth, layer in enumerate(layers)}
+
+
+def _fits(arch: Arch) -> None:
+    """ValueError for a network without BatchNorm."""
+    bounds(jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0)), NFTConfig())
 
 
 def mask_loss(params: Params, masks: dict[str, jax.Array], images: jax.Array,
@@ -127,6 +133,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 nft = Defence(
     name="nft", method=_method, default=NFTConfig(),
-    remit=Remit(lambda path, leaf: path.endswith("scale"), False), fits=norms_needed,
+    remit=Remit(lambda path, leaf: path.endswith("scale"), False), fits=_fits,
     paper="Karim et al. 2024, Augmented Neural Fine-Tuning (ECCV)",
 )

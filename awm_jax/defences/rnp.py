@@ -58,6 +58,7 @@ class RNPConfig(PruneConfig):
                           clip_norm=self.clip_norm)
         validate.between(0.0, 1.0, floor=self.floor, momentum=self.momentum)
         validate.whole(0, crop=self.crop)
+        validate.boolean(flip=self.flip)
 
 
 def unlearn(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

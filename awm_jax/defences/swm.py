@@ -48,10 +48,12 @@ class SWMConfig:
         """Checks every range before any work starts."""
         if isinstance(self.layers, list):  # the record is a static argument of `jit`: hashable
             object.__setattr__(self, "layers", tuple(self.layers))
+        validate.layers(layers=self.layers)
         validate.whole(1, steps=self.steps, batch_size=self.batch_size)
         validate.positive(lr=self.lr, eps=self.eps)
         validate.between(0.0, 1.0, alpha=self.alpha)
         validate.whole(0, crop=self.crop)
+        validate.boolean(flip=self.flip)
 
 
 def learn_masks(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

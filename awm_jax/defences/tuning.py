@@ -41,6 +41,7 @@ class MinibatchConfig:
         """Checks every range before any work starts."""
         validate.whole(1, epochs=self.epochs, batch_size=self.batch_size)
         validate.whole(0, crop=self.crop)
+        validate.boolean(flip=self.flip)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 """Networks as pure functions of explicit weights, BatchNorm statistics and masks."""
 
+import functools
 import math
+import types
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -184,6 +187,12 @@ def activations(params: Params, images: jax.Array, *, key: jax.Array | None = No
         mutable=mutable, rngs=None if key is None else {"dropout": key})
     blocks = {name: value[0] for name, value in found.get("intermediates", {}).items()
               if isinstance(value, tuple)}  # what a layer of a foreign module sows is a dictionary
+    # A block of one pixel, where a foreign module sows a vector.
+    blocks = {name: x[:, None, None] if x.ndim == 2 else x for name, x in blocks.items()}
+    if any(x.ndim != 4 for x in blocks.values()):
+        shapes = {name: list(x.shape) for name, x in blocks.items()}
+        raise ValueError(f"Expected {params.arch.name} to sow blocks [B, h, w, c], or [B, c], got "
+                         f"{shapes}.")
     if not blocks:
         raise ValueError(f"Expected {params.arch.name} to sow what its blocks put out, it sows "
                          "nothing. Call self.sow('intermediates', 'block1', x) in the module.")
@@ -283,7 +292,8 @@ def deep_convolutions(arch: Arch) -> tuple[str, ...]:
     Reference: AWM paper, Table 9, masks one layer at a time; what leaving the first layers out does
     is in docs/development.md.
     """
-    areas: dict[str, int] = {}
+    tell = getattr(module(arch), "convolution_areas", None)
+    areas: dict[str, int] = {} if tell is None else tell()
 
     def watch(call, args, kwargs, context):
         out = call(*args, **kwargs)
@@ -291,23 +301,48 @@ def deep_convolutions(arch: Arch) -> tuple[str, ...]:
             areas["/".join(context.module.path)] = math.prod(out.shape[1:-1])
         return out
 
-    with nn.intercept_methods(watch):
-        jax.eval_shape(lambda key: _draw(key, arch), jax.random.key(0))
+    if tell is None:
+        with nn.intercept_methods(watch):
+            jax.eval_shape(lambda key: _draw(key, arch), jax.random.key(0))
     deep = tuple(name for name, area in areas.items() if area < max(areas.values()))
     return deep or tuple(areas)
 
 
-def norm_inputs(arch: Arch) -> dict[str, str]:
+def norm_inputs(arch: Arch) -> Mapping[str, str]:
     """The convolution that feeds each BatchNorm layer, by slash-joined names; empty without any.
 
-    Empty as well for a foreign module, unless it has a method ``norm_inputs()`` that tells.
+    A BatchNorm that no one convolution feeds, but a sum, say, is left out. Of a foreign module
+    without a method ``norm_inputs()`` it is found by following one call; what a lifted
+    transformation such as `flax.linen.scan` hides is not.
 
     Example:
       >>> norm_inputs(Arch(name='small_vgg', num_classes=10))['bn3']
       'conv3'
     """
     tell = getattr(module(arch), "norm_inputs", None)
-    return {} if tell is None else tell()
+    return _fed(arch) if tell is None else tell()
+
+
+@functools.lru_cache(maxsize=64)
+def _fed(arch: Arch) -> Mapping[str, str]:
+    """`norm_inputs` of a module that does not tell."""
+    made: list[tuple[str, jax.Array]] = []  # kept, so that no two have the same identity
+    found: dict[str, str] = {}
+
+    def watch(call, args, kwargs, context):
+        out, layer = call(*args, **kwargs), context.module
+        path = "/".join(layer.path)
+        if context.method_name != "__call__":
+            return out
+        if isinstance(layer, nn.Conv) and out.ndim == 4:
+            made.append((path, out))
+        elif isinstance(layer, nn.BatchNorm) and layer.use_scale and args:
+            found.update((path, conv) for conv, x in made if x is args[0])
+        return out
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda key: _draw(key, arch), jax.random.key(0))
+    return types.MappingProxyType(found)
 
 
 def _normalise(arch: Arch, images: jax.Array) -> jax.Array:

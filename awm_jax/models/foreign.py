@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from awm_jax.types import ForeignArch, Params
 
 # Names by which modules are told their mode, and what each is in training.
 _MODES = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
+# What Flax tells every convolution.
+_CONVOLUTION = {"lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count",
+                "precision"}
 _COLLECTIONS = ("params", "batch_stats")
 
 
@@ -68,17 +72,20 @@ def _lower_convolutions(call, args, kwargs, context):
             or layer.conv_general_dilated or layer.conv_general_dilated_cls):
         return call(*args, **kwargs)
     # The layer is the copy that Flax bound for this application, frozen to its users alone.
-    object.__setattr__(layer, "conv_general_dilated", _conv)
+    object.__setattr__(layer, "conv_general_dilated", convolution)
     try:
         return call(*args, **kwargs)
     finally:
         object.__setattr__(layer, "conv_general_dilated", None)
 
 
-def _conv(x, kernel, strides, padding, **options):
+def convolution(x, kernel, strides, padding, **options):
     """`ops.flax_conv` where it gives what XLA's own convolution gives, and that elsewhere."""
     groups = options["feature_group_count"]
-    plain = (x.ndim == 4 and x.dtype in (jnp.float32, jnp.float64)
+    options = {name: value for name, value in options.items()  # others ask for something special
+               if value is not None or name in _CONVOLUTION}
+    plain = (options.keys() <= _CONVOLUTION
+             and x.ndim == 4 and x.dtype in (jnp.float32, jnp.float64)
              and options["precision"] is None
              and set(options["lhs_dilation"]) | set(options["rhs_dilation"]) == {1}
              and groups in (1, x.shape[-1]) and (groups == 1 or kernel.shape[-1] == groups)
@@ -89,21 +96,47 @@ def _conv(x, kernel, strides, padding, **options):
 
 
 def params(module: nn.Module, variables: Mapping[str, Any], *, image_shape: tuple[int, int, int],
-           mean: tuple[float, ...], std: tuple[float, ...]) -> Params:
-    """`Params.from_flax`; arguments, result and errors as there.
+           mean: tuple[float, ...], std: tuple[float, ...], name: str = "") -> Params:
+    """`Params.from_flax`; arguments, result and errors as there, ``name`` for another than its own.
 
     Example: `params(net, variables, image_shape=(8, 8, 3), mean=(0, 0, 0), std=(1, 1, 1))`.
     """
     module = _static(module)
-    name = f"flax:{type(module).__name__}"
+    name = name or f"flax:{type(module).__name__}"
     image_shape = validate.image_shape(image_shape)
     mean, std = _normalisation(mean, std, image_shape[2])
     weights, batch_stats = _collections(name, variables)
-    num_classes = _classes(module, name, {"params": weights, "batch_stats": batch_stats},
-                           image_shape)
+    variables = {"params": weights, "batch_stats": batch_stats}
+    num_classes = _classes(module, name, variables, image_shape)
+    if batch_stats:
+        _check_modes(module, name, variables, image_shape)
     arch = ForeignArch(name=name, num_classes=num_classes, image_shape=image_shape, mean=mean,
                        std=std, module=module)
     return Params(weights, batch_stats, arch)
+
+
+def _check_modes(module: nn.Module, name: str, variables: Any,
+                 image_shape: tuple[int, int, int]) -> None:
+    """ValueError for a module that uses a batch's statistics when it is told to evaluate.
+
+    Warns (UserWarning) where training is the same as evaluation, though there are statistics.
+    """
+    images = jax.random.uniform(jax.random.key(0), (2, *image_shape))
+
+    @jax.jit
+    def shift(variables, images):
+        both, alone = (apply(module, variables, x, train=False) for x in (images, images[:1]))
+        return jnp.abs(both[:1] - alone).max() / (1 + jnp.abs(alone).max())
+
+    accepted = f"{', '.join(_MODES)}"
+    if shift(variables, images) > 1e-3:
+        raise ValueError(f"Expected {name}, told to evaluate, to give an image the same logits "
+                         "whatever else is in its batch; it normalises by the batch. Give its "
+                         f"__call__ one of these arguments: {accepted}.")
+    if not mode(module, train=True):
+        warnings.warn(f"{name} has BatchNorm statistics and no argument for its mode ({accepted}): "
+                      "defences that train it will keep these statistics as they are.",
+                      UserWarning, stacklevel=4)
 
 
 def _static(module: Any) -> nn.Module:
@@ -113,7 +146,8 @@ def _static(module: Any) -> nn.Module:
                         f"Give {module.__name__}(...).")
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a Flax Linen module (flax.linen.Module), got "
-                        f"{type(module).__name__}. Write the network as one.")
+                        f"{type(module).__name__}. Params.from_nnx takes NNX models; write another "
+                        "network as either.")
     frozen = _frozen(module)
     try:
         hash(frozen)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import awm_jax
+from awm_jax import metrics
 from awm_jax.defences import DEFENCES, Status
 from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
 from awm_jax.types import Arch, Batch, Params
@@ -129,3 +131,46 @@ def test_counts_are_integers(settings):
     name, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=f"Expected {name}={value} to be an integer"):
         DEFENCES["ft"].Config(**settings)
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("ft", {"flip": "False"}, "flip='False' to be True or False"),
+    ("ft_sam", {"adaptive": None}, "adaptive=None to be True or False"),
+    ("nc", {"always": 1}, "always=1 to be True or False"),
+    ("ft", {"epochs": True}, "epochs to be a number, got True"),
+    ("ft", {"lr": jnp.array(0.1)}, "lr to be a number"),
+    ("ft", {"lr": float("nan")}, "lr=nan > 0"),
+    ("nc", {"cost_up": "2"}, "cost_up to be a number, got '2'"),
+    ("nc", {"cost_down": 1.0}, "cost_down=1.0 > 1"),
+    ("awm", {"tau": "1"}, "tau to be a number, got '1'"),
+    ("awm", {"l2_weight": "x"}, "l2_weight to be a number, got 'x'"),
+    ("awm", {"layers": 3}, "layers=3 to be a text"),
+    ("swm", {"layers": (1, 2)}, r"layers=\(1, 2\) to be a text")])
+def test_settings_of_another_kind_are_named(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DEFENCES[name].Config(**settings)
+
+
+def test_a_seed_is_a_key(tiny, tiny_batch):
+    config = DEFENCES["ft"].Config(epochs=1, batch_size=4)
+    by_seed, by_key = (DEFENCES["ft"](tiny, tiny_batch, key=key, config=config).params
+                       for key in (7, jax.random.key(7)))
+    jax.tree.map(np.testing.assert_array_equal, by_seed, by_key)
+    for wrong in (True, 1.5, jax.random.split(jax.random.key(0))):
+        with pytest.raises(TypeError, match="Expected key to be one PRNG key"):
+            DEFENCES["ft"](tiny, tiny_batch, key=wrong, config=config)
+
+
+def test_a_baseline_is_not_run_as_another_one(tiny, tiny_batch):
+    official, paper = DEFENCES["awm_official"], DEFENCES["awm_paper"]
+    assert official.Config(epochs=3).variant == "official"
+    with pytest.raises(ValueError, match="variant='official' of awm_official, got 'paper'"):
+        official(tiny, tiny_batch, config=paper.default)
+
+
+def test_masks_that_still_move_are_told_by_either_way_of_calling(tiny, tiny_batch):
+    settings = {"epochs": 1, "inner_steps": 1, "outer_steps": 1, "batch_size": 4}
+    batch = Batch(tiny_batch.images, metrics.predict(tiny, tiny_batch.images))
+    one = DEFENCES["awm_paper"](tiny, batch, config=DEFENCES["awm_paper"].Config(**settings))
+    other = awm_jax.purify(tiny, batch, config=DEFENCES["awm_paper"].Config(**settings))
+    assert one.status is other.status is Status.NOT_CONVERGED

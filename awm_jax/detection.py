@@ -25,8 +25,8 @@ class Findings(NamedTuple):
 
     Args:
       survey: one trigger a class, and what they do (`awm_jax.defences.survey.Survey`).
-      anomaly: ``[c]`` by how many standard deviations a class is driven farther than the median
-        one, on the logarithm of ``survey.damage``; negative where it is driven less far.
+      anomaly: ``[c]`` how many standard deviations the logarithm of a class's ``survey.damage``
+        lies above the median class's; negative below it.
       universal: ``[H, W, C]`` the trigger that leads away from the network's own answers.
       flips: in [0, 1], the share of the given images whose answer it changes.
       concentration: in [0, 1], the share of those that then get the same class; 0 without any.

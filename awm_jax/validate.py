@@ -96,7 +96,8 @@ def whole(minimum: int, **named: Any) -> None:
 def normalisation(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     """Raises ValueError unless means (or zeros) and scales > 0 (or ones) fit the channels.
 
-    Zeros and ones, the defaults, do so in any number. Means over 1 are of images up to 255.
+    The defaults, zeros and ones, are accepted for any number of channels. A mean over 1 belongs to
+    images in 0..255, and is refused.
 
     Example:
       >>> normalisation((0.5,), (-1.0,), 1)

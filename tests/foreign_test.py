@@ -113,7 +113,7 @@ class BatchAlways(nn.Module):
     @nn.compact
     def __call__(self, x, *args, **kwargs):
         self.variable("batch_stats", "mean", jnp.zeros, 3)
-        return nn.Dense(3)((x - x.mean((0, 1, 2))).max((1, 2)))
+        return nn.Dense(3)((x - x.mean((0, 1, 2), keepdims=True)).max((1, 2)))
 
 
 class RunningAlways(nn.Module):

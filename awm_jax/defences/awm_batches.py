@@ -46,8 +46,8 @@ def minibatch(key: jax.Array, images: jax.Array, labels: jax.Array, settings: Se
       images: ``[n, H, W, C]`` in [0, 1].
       labels: ``[n]`` anything that belongs to each.
       settings: ``batch_size``, ``augment`` and ``flip``.
-      strong: change the images more, if at all: `awm_jax.data.augment.strong`, and rectangles
-        where otherwise columns are cut together.
+      strong: where images are augmented, use `awm_jax.data.augment.strong`, and paste rectangles
+        of other images instead of columns.
 
     Returns:
       ``[batch_size, H, W, C]`` and ``[batch_size]``.

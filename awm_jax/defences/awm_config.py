@@ -22,11 +22,12 @@ class Settings:
       inner_lr: step length of the trigger.
       outer_lr: Adam's rate for the masks.
       decay_epoch: from here on the rate is a tenth; ``epochs`` or more means never.
-      steady: it is not, where the survey suspects an all-to-all backdoor or one of a warp.
+      steady: keep the full rate where the survey suspects an all-to-all backdoor or a warp.
       layers: what is masked: ``'deep'``, or as `awm_jax.masks.init` takes it.
       spare: masks of convolutions at the first resolution stay 1, unless the survey suspects an
         all-to-all backdoor.
-      spared: it is known that it does not, so their gradients are left out; `purify` finds out.
+      spared: set by `purify` once the survey has ruled that out: the gradients of these
+        convolutions are then left out.
       objective: ``'labels'`` (cross-entropy) or ``'distil'`` (match the unmasked network).
       inner_target: the trigger moves predictions away from ``'labels'`` or from ``'own'`` ones.
       normalised: divide each trigger gradient by its L2 norm.

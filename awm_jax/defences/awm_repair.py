@@ -24,9 +24,9 @@ def repair(key: jax.Array, state: AWMState, params: Params, images: jax.Array, l
     f without weights is the suspect network, s are clean images after `awm_jax.data.augment.strong`
     and mixing, a third of them with rectangles of others (on CIFAR-10 worth 1.5 to 2.3 points). d
     is an earlier trigger of the run or, on one image in four, this epoch's, searched for towards
-    the suspect. Adam moves a kernel with masks by a fifth of its steps, times the masks: there the
-    backdoor is. Only where one small trigger of one class is suspected: of a large one and of
-    several 71 and 92% came back (docs/results.md), warps and all-to-all were not tried.
+    the suspect. A kernel with masks takes a fifth of Adam's steps, times its masks, because the
+    backdoor lies there. Only where one small trigger of one class is suspected: 71% of a large
+    trigger and 92% of several came back (docs/results.md); warps and all-to-all were not tried.
 
     Args:
       key: PRNG key of the whole run.

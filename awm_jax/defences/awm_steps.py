@@ -101,8 +101,8 @@ def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Arr
     strongest is erased the others drive less far than what other classes have by nature, and among
     triggers towards those they would not be erased.
 
-    Where the suspect answers to a warp, every search is for a warp, away from the network's
-    answers: these meet nothing else.
+    Where the suspect answers to a warp, every search is for a warp away from the network's answers,
+    which finds this backdoor and no other.
     """
     triggers, suspect = state.triggers, state.suspect
     all_to_all = suspect == params.arch.num_classes
@@ -189,7 +189,7 @@ def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,
          settings: Settings) -> Survey:
     """The survey of a suspect network that a run starts with; see `awm_jax.defences.survey`.
 
-    Its bound is twice that of the epochs: it must find the trigger, not be kept from using it.
+    Its bound is twice that of the epochs, which makes a trigger easier to find.
 
     Args: as `step`.
     """

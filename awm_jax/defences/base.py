@@ -314,7 +314,7 @@ def finite_weights(params: Params) -> None:
 
 
 def warn_if_wrong(params: Params, images: jax.Array, labels: jax.Array) -> None:
-    """A warning where a network gets half of the images or more wrong: rarely is that its fault."""
+    """Warns where half of the images or more are misclassified: mostly preprocessing's fault."""
     right, count = int((metrics.predict(params, images) == np.asarray(labels)).sum()), len(labels)
     if count > 1 and 2 * right <= count:
         warnings.warn(

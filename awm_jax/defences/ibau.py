@@ -37,7 +37,7 @@ class IBAUConfig:
         paper's problem has one, the official code only as a comment (10).
       fixed_point_rate: step of the map whose fixed point defines the perturbation, > 0.
       fixed_point_steps: terms of the Neumann series, >= 1.
-      patching: whom the perturbation is added to while unlearning: ``'paper'`` all images,
+      patching: which images get the perturbation while unlearning: ``'paper'`` all images,
         ``'official'`` ``int(0.01 * batch)`` of each batch, which is **none of a batch under 100**,
         so that what remains is plain fine-tuning.
 

@@ -72,7 +72,7 @@ def batch_statistics(key: jax.Array, params: Params, images: jax.Array, *, batch
 
     Args:
       key: PRNG key of order and dropout (which is as in training).
-      params: the network; only what keeps its statistics keeps anything of its own.
+      params: the network; its own statistics are kept in layers that never update them.
       images: ``[n, H, W, C]`` float32 in [0, 1].
       batch_size: images a minibatch; all of them where there are fewer.
 

@@ -92,10 +92,10 @@ class Survey(NamedTuple):
 
     @property
     def bending(self) -> jax.Array:
-        """By how many times the share of answers that the warp changes, and the nats by which it
-        does, exceed what is suspected; the smaller of the two.
+        """The smaller of two ratios: answers that the warp changes, and nats, to their thresholds.
 
-        Fewer nats are where the answers scatter over classes and no class stands out by a trigger.
+        The threshold of the nats is lower where the answers scatter over classes and no class
+        stands out by a trigger.
         """
         scatters = (self.bent.max() < SCATTERS_BELOW * self.bent.sum()) & (self.lead < LEADS_BELOW)
         nats = jnp.where(scatters, SCATTERS_ABOVE, BENDS_ABOVE)

@@ -69,7 +69,8 @@ def badnets_a2a(key: jax.Array, image_shape: tuple[int, int, int], num_classes: 
       >>> badnets_a2a(jax.random.key(0), (32, 32, 3), 10).relabel(np.array([0, 9])).tolist()
       [1, 0]
 
-    Reference: Gu et al. 2017, section 4.1.2; FT-SAM supplement, "Attack Details".
+    Reference: Gu et al. 2017, section 4.1.2. FT-SAM's (supplement, "Attack Details") has a square
+    of 3x3 right in the corner.
     """
     del key
     no_target(target)

@@ -59,7 +59,7 @@ def config(name: str, args, dataset: Dataset) -> Any:
     if name == "ft_sam" and "rho" not in chosen and chosen.get("adaptive", default.adaptive):
         chosen["rho"] = 6.0 if args.arch == "vgg19_bn" else presets.of(dataset).ft_sam_rho
     try:
-        return dataclasses.replace(default, **chosen)
+        return DEFENCES[name].Config(**chosen)
     except TypeError as error:
         raise ValueError(f"{name} refuses {chosen}: {error}") from error
 

@@ -68,7 +68,7 @@ def test_bad_input_ends_in_one_line_before_any_training(argv, word, capsys, tmp_
 def test_of_several_defences_those_that_cannot_work_here_are_left_out(capsys):
     args = parser().parse_args(["--arch", "mlp", "--defence", "ft,clp"])
     assert oneshot._defences(args, data.load("digits")) == ("ft",)
-    assert "Left out clp: Expected a network with BatchNorm, mlp" in capsys.readouterr().out
+    assert "Left out clp: Expected a network with BatchNorm behind convolutions, mlp" in capsys.readouterr().out
 
 
 ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets", "--arch", "tiny_cnn"]
@@ -188,10 +188,11 @@ def test_table_by_hand():
 
 
 def test_matrix_by_hand():
+    """The two of the first are of networks with other scores before, which is marked."""
     cells = [_cell(90.0, 10.0), _cell(92.0, 20.0), _cell(50.0, 40.0, "b", "e")]
     assert results.matrix(cells) == [
         ["ACC / ASR / DER", "a", "b"], ["before", "90.0 / 10.0", "50.0 / 40.0"],
-        ["d", "91.0±1.4 / 15.0±7.1 / 76.0±5.7", "-"], ["e", "-", "50.0 / 40.0 / 10.0"]]
+        ["d", "91.0±1.4 / 15.0±7.1 / 76.0±5.7 †", "-"], ["e", "-", "50.0 / 40.0 / 10.0"]]
     assert "| before | 90.0 / 10.0 | 50.0 / 40.0 |" in results.report(cells, 10)
     assert "ACC / ASR / DER" not in results.report([_cell(1.0, 2.0)], 10)
 

@@ -68,7 +68,8 @@ def test_bad_input_ends_in_one_line_before_any_training(argv, word, capsys, tmp_
 def test_of_several_defences_those_that_cannot_work_here_are_left_out(capsys):
     args = parser().parse_args(["--arch", "mlp", "--defence", "ft,clp"])
     assert oneshot._defences(args, data.load("digits")) == ("ft",)
-    assert "Left out clp: Expected a network with BatchNorm behind convolutions, mlp" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Left out clp: Expected a network with BatchNorm behind convolutions, mlp" in told
 
 
 ARGV = ["--epochs", "2", "--purify_epochs", "1", "--attack", "badnets", "--arch", "tiny_cnn"]

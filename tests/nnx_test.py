@@ -55,6 +55,18 @@ def test_it_says_what_the_model_says(images):
     assert jax.tree.map(jnp.shape, drawn.to_flax()) == jax.tree.map(jnp.shape, params.to_flax())
 
 
+def test_convolutions_are_lowered_as_ours(images):
+    """XLA's own are many times as slow in a loop on a CPU (docs/performance.md)."""
+    params = Params.from_nnx(_model(), image_shape=SHAPE)
+    traced = str(jax.make_jaxpr(models.apply)(params, images))
+    assert traced.count("custom_vjp_call") == 2  # both convolutions
+    strided = nnx.Conv(3, 4, (3, 3), kernel_dilation=2, rngs=nnx.Rngs(0))  # XLA's own does it
+    net = nnx.Sequential(strided, lambda x: x.mean((1, 2)))
+    net.eval()
+    params = Params.from_nnx(net, image_shape=SHAPE)
+    np.testing.assert_allclose(models.apply(params, images), net(images), atol=1e-5)
+
+
 def test_normalised(images):
     model = _model()
     params = Params.from_nnx(model, image_shape=SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -12,7 +12,13 @@ from awm_jax.defences import AWMConfig, awm_batches, awm_losses, awm_steps
 from awm_jax.defences.awm_config import Settings
 from awm_jax.defences.base import as_batch, as_key, sound_network
 from awm_jax.defences.neural_cleanse import anomaly_index
-from awm_jax.defences.survey import KEEPS_ABOVE, LEAST_DAMAGE, STAYS_BELOW, Survey
+from awm_jax.defences.survey import (
+    KEEPS_ABOVE,
+    LEADS_BELOW,
+    LEAST_DAMAGE,
+    STAYS_BELOW,
+    Survey,
+)
 from awm_jax.types import Batch, Params
 
 # Chosen on GTSRB, where the first class of two networks without a backdoor led by 1.07 and 1.11.
@@ -56,11 +62,11 @@ class Findings(NamedTuple):
         """One number to rank networks by, >= 0: from 1 on, something stands out.
 
         The largest of ``log lead / log 1.35`` (one class), ``.15 / stay`` where a dispersal keeps
-        classes apart (``kept > .5``), and ``min(bent / .5, strain / 3.5)``, for a warp that changes
-        the share bent of the answers, by strain nats; by 1.25 instead of 3.5 where no class gets a
-        fifth of them, and ``lead < 2``.
+        classes apart (``kept > .5``) and no class stands out (``lead < 2``), and
+        ``min(bent / .5, strain / 3.5)``, for a warp that changes the share bent of the answers, by
+        strain nats; by 1.25 instead of 3.5 where no class gets a fifth of them, and ``lead < 2``.
         """
-        apart = float(self.survey.kept) > KEEPS_ABOVE
+        apart = float(self.survey.kept) > KEEPS_ABOVE and self.lead < LEADS_BELOW
         spread = STAYS_BELOW / max(float(self.survey.stay), 1e-6) if apart else 0.0
         return max(math.log(self.lead) / math.log(LEADS_BY), spread,
                    float(self.survey.bending))

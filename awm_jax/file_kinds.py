@@ -94,6 +94,10 @@ def _check_directory(path: pathlib.Path) -> None:
     if (path / "saved_model.pb").is_file():
         raise ValueError(f"{path} is {_TENSORFLOW}")
     if not checkpoint.exists(path):
+        within = next((p for p in sorted(path.iterdir()) if checkpoint.exists(p)), None)
+        if within is not None:
+            raise OSError(f"{path} is no directory of awm_jax.checkpoint, one within it is. Give "
+                          f"{within}.")
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise OSError(f"{path} is no directory of awm_jax.checkpoint (no awm_jax.json in it, but "
                       f"{inside}). Give the network's file itself.")

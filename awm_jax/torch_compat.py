@@ -278,7 +278,8 @@ def save(path: str | os.PathLike, params: Params,
          template: Mapping[str, np.ndarray] | None = None) -> None:
     """Writes a network as a PyTorch file, under a temporary name that is then renamed.
 
-    ``arch.mean`` and ``arch.std`` have no place in a state_dict: normalise in PyTorch as before.
+    A file that is there is replaced. ``arch.mean`` and ``arch.std`` have no place in a state_dict:
+    normalise in PyTorch as before.
 
     Args:
       path: the file to write.

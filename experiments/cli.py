@@ -1,6 +1,7 @@
 """The options of the commands, checked before any work starts."""
 
 import argparse
+import difflib
 import pathlib
 
 from awm_jax import attacks, data, models, validate
@@ -50,10 +51,11 @@ def several(choices, what: str):
         names = tuple(choices) if text == "all" else tuple(dict.fromkeys(text.split(",")))
         unknown = [name for name in names if name not in choices]
         if unknown:
+            near = difflib.get_close_matches(unknown[0], list(choices), n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
             raise argparse.ArgumentTypeError(
-                f"unknown {what} {', '.join(map(repr, unknown))}; choose from {', '.join(choices)}"
-                ", or 'all'"
-            )
+                f"unknown {what} {', '.join(map(repr, unknown))}; {meant}Choose from "
+                f"{', '.join(choices)}, or 'all'")
         return names
 
     return parse

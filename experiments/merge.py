@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 
-from awm_jax import data
+from awm_jax import data, validate
 from awm_jax.command.options import OneLine
 from experiments import cli, hosts, results
 
@@ -75,10 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def job():
+        if args.out is not None:
+            validate.writable(args.out)
         text = results.report(*merged(args.runs))
         if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
+            results.write_text(args.out, text + "\n")
         print(text)
 
     return cli.run("experiments.merge", job)

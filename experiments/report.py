@@ -173,6 +173,10 @@ def run(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"Expected runs of experiments.tables in --runs={runs}, found no "
                                 "such folder. Leave it out to render what --out has.")
     held = kept.collect(runs, kept.read(path))
+    if not held.cells and not held.measured:
+        raise ValueError(f"Expected runs of experiments.tables in {runs}, found none. Those of "
+                         "experiments.oneshot have their own table.md; experiments.merge joins "
+                         "several.")
     results.write_json(path, held._asdict())
     every = {name: _page(name, held.cells) for name in TABLES}
     every |= report_defences.make(held)

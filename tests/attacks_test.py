@@ -74,7 +74,7 @@ def test_rates_and_groups():
         attacks.poison_rate("nothing")
 
 
-# Support and norm of the published triggers (guides/peers.md).
+# Support and norm of the published triggers as measured on their files.
 @pytest.mark.parametrize("name, rows, columns, pixels, norm", [
     ("trojan_sq", (21, 29), (21, 29), 81, 8.66), ("trojan_wm", (0, 29), (0, 29), 321, 8.74),
     ("trojan_a2a", (21, 29), (21, 29), 81, 8.66)])

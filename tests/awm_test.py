@@ -208,7 +208,7 @@ def test_bad_settings_name_the_value(options, match):
 
 
 def test_paper_and_official_constants():
-    """Appendix A and Table 7; guides/peers.md for the published code."""
+    """Appendix A and Table 7; the published code."""
     paper = awm.AWMConfig(variant="paper").resolve(43, (32, 32, 3))
     assert (paper.epochs, paper.inner_steps, paper.outer_steps) == (100, 10, 10)
     assert paper.batch_size == 16

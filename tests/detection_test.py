@@ -35,6 +35,8 @@ def _findings(damage, stay=0.5, kept=1.0, bent=0.0, strain=0.0, elsewhere=0.0):
     ([1.0, 1.35**0.75, 0.5], 0.5, 0.2, 0.75, "unclear"),
     ([1.0, 1.0, 0.5], 0.05, 0.9, 3.0, "suspicious"),
     ([0.0, 0.0, 0.0], 0.5, 0.2, 0.0, "clean-looking"),  # no trigger does anything
+    # A class that stands out is suspected for that alone, as by `Survey.suspect`.
+    ([1.35**3, 1.0, 0.5], 0.01, 0.9, 3.0, "suspicious"),
 ])
 def test_the_score_by_hand(damage, stay, kept, score, level):
     found = _findings(damage, stay, kept)
@@ -43,7 +45,7 @@ def test_the_score_by_hand(damage, stay, kept, score, level):
     if score != 1.0:  # rounding decides at the threshold itself
         assert told.level == level
     assert told.headline and told.reasons and "10 images" in told.limits[0]
-    assert found.all_to_all == (stay < 0.15 and kept > 0.5)
+    assert found.all_to_all == (stay < 0.15 and kept > 0.5 and found.lead < 2)
 
 
 @pytest.mark.parametrize("bent, strain, score, level", [

@@ -151,7 +151,7 @@ def test_a_purification_made_again_loses_the_record_of_the_one_before(tmp_path):
 def test_commands_rows_are_found_where_the_missing_ones_are_asked_for(tmp_path, capsys):
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
     assert "found neither" in capsys.readouterr().err  # a name that was mistyped, say
-    (tmp_path / "runs").mkdir()
+    _write(tmp_path / "runs", _cells("awm8")[0], 80.0, 10.0)
     out = _report(tmp_path)
     for name, one in MEASURED.items():
         text = (out / f"{name}.md").read_text()

@@ -143,6 +143,8 @@ def test_directories_that_hold_something_else(tmp_path, small_params, monkeypatc
     _refused(tmp_path / "a", OSError, r"but model\.safetensors\)\. Give the network's file itself")
     (tmp_path / "a" / "saved_model.pb").write_bytes(b"\x08\x01\x12")
     _refused(tmp_path / "a", ValueError, "is a TensorFlow graph")
+    checkpoint.save(tmp_path / "kept" / "network", small_params)  # as the cache of networks is
+    _refused(tmp_path / "kept", OSError, r"one within it is\. Give .*kept/network\.")
     checkpoint.save(tmp_path / "b", small_params)
     _refused(tmp_path / "b", ValueError, "holds a small_vgg, not the cnn asked for", arch="cnn")
     _refused(tmp_path / "b", ValueError, "images are 8x8, not 8x9", image_size=(8, 9))

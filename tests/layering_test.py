@@ -1,4 +1,4 @@
-"""Imports point one way (docs/design, rooms)."""
+"""Imports point one way (FORBIDDEN has which)."""
 
 import ast
 import pathlib

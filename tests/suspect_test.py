@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import types
 import warnings
 
@@ -80,6 +81,24 @@ def test_a_constant_answer_is_not_most(tmp_path, tiny, capsys):
             tmp_path / "clean" / "0" / f"more{i}.png")
     assert main(argv) == 2
     assert "it gives 13 of 16, all the same class 0" in capsys.readouterr().err
+
+
+def test_images_of_one_class_tell_nothing_of_an_all_to_all_backdoor(tmp_path, tiny, capsys):
+    network = _lay_out(tmp_path / "clean", tiny)
+    for number in "123":
+        shutil.rmtree(tmp_path / "clean" / number)
+    checkpoint.save(tmp_path / "net", network)
+    argv = ["scan", str(tmp_path / "net"), "--images", str(tmp_path / "clean")]
+    assert main(argv) == 2
+    assert "two classes or more, better one of each, got class 0 alone" in capsys.readouterr().err
+
+
+def test_options_of_another_defence_are_named_before_the_network_is_read(tmp_path, capsys):
+    for options, word in ((["--defence", "ft", "--alpha", ".5"], "--alpha"),
+                          (["--defence", "clp", "--epochs", "3"], "--epochs")):
+        assert main(["purify", str(tmp_path / "gone.pth"), "--images", str(tmp_path), "--out",
+                     str(tmp_path / "out.pth"), *options]) == 2
+        assert f"Expected no {word}" in capsys.readouterr().err
 
 
 def test_copies_of_the_network_are_purified_too(tmp_path, small_params, torch):

@@ -379,6 +379,52 @@ def test_report_by_hand(tmp_path, asked, capsys):
     assert {p.name: p.read_text() for p in out.iterdir()} == texts  # from figures.json alone
 
 
+def test_what_cannot_be_made_is_left_out_and_told(tmp_path, asked, monkeypatch, capsys):
+    """Without CIFAR-10's files GTSRB's cells are made all the same; a defence's own error, too."""
+    whole = tables.oneshot.run
+
+    def run(args):
+        if args.dataset == "cifar10":
+            raise FileNotFoundError("no files")
+        if args.attack[0] == "l0_inv":
+            raise ValueError("no such network")
+        return whole(args)
+
+    monkeypatch.setattr(tables.oneshot, "run", run)
+    argv = ["--tables", "awm8,awm1", "--defence", "ibau", "--samples", "100", "--seeds", "1",
+            "--budget", "1e6"]
+    assert _run(tmp_path, *argv) == 2
+    told = capsys.readouterr()
+    assert "6 of these could not be made" not in told.err  # two: one of GTSRB, one for CIFAR-10
+    assert "2 of these could not be made, the first for this" in told.err
+    assert len(asked) == 5 and "no files Left out, with 4 more" in told.out
+    assert _run(tmp_path, *argv[:2], "--samples", "77") == 2
+    assert "there is none. Leave some of them out" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_refused(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert "found none. Those of experiments.oneshot" in capsys.readouterr().err
+
+
+def test_seeds_of_other_settings_are_left_out_and_other_networks_marked(tmp_path, asked):
+    """The first seed's settings count: a release that changes them makes it anew first."""
+    argv = ["--tables", "awm8", "--attack", "badnets", "--defence", "ibau", "--samples", "one-shot",
+            "--budget", "1e6"]
+    assert _run(tmp_path, *argv) == 0
+    path, = (tmp_path / "runs").glob("*/results.json")
+    run = json.loads(path.read_text())
+    cells = list(run["cells"].values())
+    for cell, fingerprint in zip(cells, ("new", "new", "old"), strict=True):
+        cell["fingerprint"] = fingerprint
+    cells[1]["before"] = {**cells[1]["before"], "acc": 12.0}
+    path.write_text(json.dumps(run))
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "awm8.md").read_text()
+    assert "90.5±0.7 / 3.5±0.7 1/2 †" in page
+
+
 def test_damaged_files_are_named_and_kept(tmp_path, asked, capsys):
     _run(tmp_path, "--tables", "awm2", "--defence", "ibau", "--seeds", "1", "--budget", "1e6")
     path = next((tmp_path / "runs").glob("*/results.json"))

@@ -23,7 +23,7 @@ from awm_jax.defences.survey import Survey
 from awm_jax.detection import Findings
 from awm_jax.progress import Progress, waiting
 from awm_jax.report import figures, page
-from awm_jax.types import Arch, Batch, Params
+from awm_jax.types import Batch, Params
 
 _ENOUGH = 10  # images of every class, from which some are held out to choose by
 _REPAIR = 10  # epochs; twice as many bring more back, of accuracy and of the backdoor
@@ -82,11 +82,12 @@ def purify(args: argparse.Namespace) -> None:
     """
     started = time.monotonic()
     _check_defence(args.defence)
+    config = _config(args)
     formats.check_target(args.out, args.model)
     path = _report_path(args.report, args.out, "report")
     suspect = reading.read(args)
     _check_enough(suspect, args.force)
-    config = _config(args, suspect.params.arch)
+    DEFENCES[args.defence].fits(suspect.params.arch)
     findings = _look(suspect, args)
     done = (_awm(suspect, findings, args) if args.defence == "awm" else
             _other(suspect, config, args))
@@ -115,10 +116,9 @@ def _check_defence(name: str) -> None:
         raise ValueError(f"Expected --defence {name!r} to be one of: {', '.join(names)}.")
 
 
-def _config(args: argparse.Namespace, arch: Arch) -> Any:
-    """The defence's settings; ValueError where it cannot work on the network or has none such."""
+def _config(args: argparse.Namespace) -> Any:
+    """The defence's settings; ValueError for options that it does not have."""
     defence = DEFENCES[args.defence]
-    defence.fits(arch)
     config = defence.default
     if args.epochs is not None:
         if not hasattr(config, "epochs"):

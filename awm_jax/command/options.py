@@ -39,7 +39,7 @@ def share(text: str) -> float:
 def image_size(text: str) -> tuple[int, int]:
     """'N' or 'HxW' as ``(height, width)``."""
     found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
-    if found:
+    if found and int(found[1]) and int(found[2] or found[1]):
         return int(found[1]), int(found[2] or found[1])
     raise argparse.ArgumentTypeError(f"expected a number of pixels or HEIGHTxWIDTH, got {text!r}")
 

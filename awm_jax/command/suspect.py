@@ -144,8 +144,8 @@ def read(args: argparse.Namespace) -> Suspect:
 
     Raises:
       OSError: files that cannot be read.
-      ValueError: a network or images of another kind than can be taken, or a network that gets
-        most of the images wrong, unless ``args.force``.
+      ValueError: a network or images of another kind than can be taken; unless ``args.force``,
+        images of one class, or a network that gets most of them wrong.
     """
     if args.arch is not None:
         validate.choice(models.MODELS, arch=args.arch)
@@ -173,6 +173,10 @@ def _check_sane(suspect: Suspect, force: bool) -> None:
     labels, answers = np.asarray(suspect.batch.labels), suspect.answers()
     count, correct = len(labels), int((answers == labels).sum())
     say(f"  it gives {correct} of {count} images their class")
+    if len(set(labels.tolist())) == 1 and not force:
+        raise ValueError(f"Expected images of two classes or more, better one of each, got class "
+                         f"{labels[0]} alone: what moves every class cannot be told from them. "
+                         "Give others, or go on with --force.")
     if not suspect.sane and not force:
         alike = len(set(answers.tolist())) == 1 and len(set(labels.tolist())) > 1
         shape = suspect.params.arch.image_shape

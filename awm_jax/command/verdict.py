@@ -75,7 +75,8 @@ def of(findings: Findings, count: int) -> Verdict:
             f"without the pixels of its trigger class {first} is still driven "
             f"{float(survey.again):.1f} times as far as the next (threshold {SEVERAL_ABOVE:g}): it "
             "may have several triggers, or a large one",)
-    few = (f"Only {count} images were given: with other ones the score may differ.",)
+    given = "1 image was" if count == 1 else f"{count} images were"
+    few = (f"Only {given} given: with other ones the score may differ.",)
     return Verdict(level, headline, reasons, (few if count < 50 else ()) + LIMITS)
 
 

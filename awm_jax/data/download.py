@@ -32,7 +32,8 @@ def fetch_missing(url: str, files: dict[str, str], folder: pathlib.Path) -> None
             raise FileNotFoundError(
                 f"Expected {name} in {folder}; it is not there and could not be downloaded. "
                 f"Download {', '.join(files)} from {url} into {folder}, or name the directory that "
-                f"holds them with --data_dir or AWM_DATA_DIR. ({error})"
+                f"holds them with --data_dir (of experiments.tables --gtsrb_dir, --cifar10_dir, "
+                f"...) or AWM_DATA_DIR. ({error})"
             ) from error
         if found != md5:
             raise OSError(f"Expected {name} with md5 {md5}, the download has {found}. Try again.")

@@ -201,17 +201,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(desk, tmp_path, change, wo
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_epochs_and_alpha_reach_the_defence(tiny):
+def test_epochs_and_alpha_reach_the_defence():
     args = types.SimpleNamespace(defence="awm_official", epochs=2, alpha=0.0, repair=False,
                                  flip=True)
-    found = jobs._config(args, tiny.arch)
+    found = jobs._config(args)
     assert (found.variant, found.epochs, found.alpha, found.flip) == ("official", 2, 0.0, True)
 
 
 @pytest.mark.parametrize("name", ["ft", "anp", "awm_paper", "ibau", "clp"])
-def test_flip_reaches_every_defence_that_mirrors(tiny, name):
+def test_flip_reaches_every_defence_that_mirrors(name):
     args = types.SimpleNamespace(defence=name, epochs=None, alpha=None, repair=False, flip=True)
-    found = jobs._config(args, tiny.arch)
+    found = jobs._config(args)
     assert getattr(found, "flip", True) and hasattr(found, "flip") == (name not in ("ibau", "clp"))
 
 

@@ -64,8 +64,10 @@ def _given(monkeypatch, masks, status=Status.OK):
     def defence(params, batch, *, key, config):
         return Result(params, {"masks": masks, "threshold": np.float32(0.2)}, status)
 
+    own = DEFENCES["anp"]
     monkeypatch.setitem(DEFENCES, "anp", type("Given", (), {
-        "__call__": staticmethod(defence), "default": DEFENCES["anp"].default})())
+        "__call__": staticmethod(defence), "default": own.default,
+        "Config": staticmethod(own.Config)})())
 
 
 def test_the_same_network_is_scored_once(on_stage, monkeypatch):

@@ -59,7 +59,8 @@ def ours_only(arch: Arch) -> None:
         raise ValueError(
             f"Expected one of this library's networks, got {arch.name}, whose code no file of ours "
             "can hold. Save the variables that params.to_flax() returns as you saved the "
-            "module's own, and read them with Params.from_flax(module, variables, ...)."
+            "module's own, and read them with Params.from_flax(module, variables, ...); of an NNX "
+            "model with params.to_nnx(model) and Params.from_nnx(model, ...)."
         )
 
 

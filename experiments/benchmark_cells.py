@@ -65,7 +65,12 @@ class Times(NamedTuple):
 
 
 def process_peak() -> float:
-    """Most memory that this process has used so far, in MiB."""
+    """Most memory that this process has used so far, in MiB.
+
+    Example:
+      >>> process_peak() > 0
+      True
+    """
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB elsewhere
 

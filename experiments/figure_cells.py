@@ -24,7 +24,12 @@ class Figure(NamedTuple):
     variants: tuple[str, ...] = ("",)
 
     def curves(self) -> dict[tuple[str, str], tuple[Column, ...]]:
-        """The columns of every curve, by ``(attack, variant)``."""
+        """The columns of every curve, by ``(attack, variant)``.
+
+        Example:
+          >>> list(FIGURES['awm_fig2_tau'].curves())
+          [('trojan_sq', 'paper'), ('trojan_sq', 'ours')]
+        """
         count = len(self.values)
         return {(attack, variant): self.table.columns[i * count:(i + 1) * count]
                 for attack in self.table.attacks for i, variant in enumerate(self.variants)}

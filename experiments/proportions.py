@@ -79,6 +79,10 @@ def names(rows: list[dict]) -> list[str]:
 
     Args:
       rows: as proportions.json holds them.
+
+    Example:
+      >>> names([{'key': 'a/s0/4', 'network': 'a', 'steps': 1, 'shares': [[1.]]}])
+      ['a']
     """
     return results.apart([row["network"] for row in rows], [
         # An earlier release's rows in figures.json have no key.

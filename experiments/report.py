@@ -86,8 +86,8 @@ def _before(attack: str, table: Table, ours: dict[tuple, list[dict]]) -> list[st
             " / ".join(f"{m - p:+.1f}" for m, p in zip(mine, paper, strict=True))]
 
 
-def _legend(table: Table, arch: str) -> str:
-    """What a reader must know."""
+def _legend(table: Table, arch: str, rows: Rows) -> str:
+    """What a reader of these rows must know."""
     lacking = [f"{c.heading} is not available here: {c.lacking}." for c in table.columns
                if c.lacking]
     other = (f"The paper's figures are of {table.arch}, ours of {arch}: what they share is the "
@@ -95,9 +95,10 @@ def _legend(table: Table, arch: str) -> str:
     der = " / DER" if "der" in table.measures else ""
     text = (f"ACC / ASR{der} in percent, {_ASR[table.measures[1]]} as in the paper; ours: "
             f"mean±standard deviation over seeds. ✓ the AWM paper's success test, ASR < 1.5/c = "
-            f"{_bound(table):.1f}; k/n: passed by k of n seeds. † seeds of several "
-            "trainings of the network, of which the first one's scores before are shown.")
-    return " ".join(part for part in (text, other, *lacking, table.note) if part)
+            f"{_bound(table):.1f}; k/n: passed by k of n seeds.")
+    mixed = ("† seeds of several trainings of the network, of which the first one's scores before "
+             "are shown." if any("†" in cell for row in rows for cell in row) else "")
+    return " ".join(part for part in (text, mixed, other, *lacking, table.note) if part)
 
 
 def _page(name: str, cells: dict[str, Any]) -> Page:
@@ -107,7 +108,8 @@ def _page(name: str, cells: dict[str, Any]) -> Page:
     for arch in found:
         if len(found) > 1:
             page.blocks.append(Heading(arch))
-        page.blocks.extend([_legend(table, arch), _rows(name, arch, cells)])
+        rows = _rows(name, arch, cells)
+        page.blocks.extend([_legend(table, arch, rows), rows])
     return page
 
 

@@ -131,7 +131,12 @@ def read_cells(path: pathlib.Path, dataset: str, arch: str) -> dict[str, dict]:
 
 
 def having(found: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What a file has, as it is; KeyError where a part of it is missing."""
+    """What a file has, as it is; KeyError where a part of it is missing.
+
+    Example:
+      >>> having({'a': 1}, 'a')
+      {'a': 1}
+    """
     missing = [name for name in names if name not in found]
     if missing:
         raise KeyError(", ".join(missing))
@@ -144,6 +149,8 @@ def whole(cell: dict[str, Any], *names: str) -> dict[str, Any]:
     Args:
       cell: the purification.
       names: what it must have besides status, seconds and scores.
+
+    Example: `whole(cell, 'commit')`.
     """
     having(cell, "status", "seconds", "before", "after", *names)
     for when in ("before", "after"):

@@ -377,13 +377,6 @@ def test_lists_do_for_tuples():
     assert hash(lists) == hash(tuples)
 
 
-def test_layers_that_no_kernel_has_are_named_before_the_survey(tiny, small_batch, monkeypatch):
-    monkeypatch.setattr(awm, "_jit_look", lambda *_: pytest.fail("work was begun"))
-    for layers, message in (("convs", "layers='convs' to be"), (("Conv_0",), "got Conv_0")):
-        with pytest.raises(ValueError, match=message):
-            awm.purify(tiny, small_batch, config=awm_jax.AWMConfig(layers=layers))
-
-
 def test_purify_names_another_defences_config_and_another_networks_survey(tiny, small_batch):
     with pytest.raises(TypeError, match="type AWMConfig, got TuneConfig"):
         awm.purify(tiny, small_batch, config=defences.ft.default)

@@ -141,6 +141,9 @@ class Defence:
         Args:
           **settings: fields of that type; the others are as in ``default``.
 
+        Returns:
+          The record, which a call takes as ``config``.
+
         Raises:
           TypeError: no such field.
           ValueError: a value outside its range, or another one of a setting that is ``fixed``.
@@ -270,7 +273,12 @@ def sound_network(params: Any) -> None:
 
 
 def as_key(key: Any) -> jax.Array:
-    """A PRNG key: the one given, that of a seed, or that of seed 0; TypeError for what is none."""
+    """A PRNG key: the one given, that of a seed, of seed 0 for None; TypeError for anything else.
+
+    Example:
+      >>> bool(as_key(3) == jax.random.key(3))
+      True
+    """
     if key is None or (isinstance(key, (int, np.integer)) and not isinstance(key, bool)):
         return jax.random.key(int(key or 0))
     if isinstance(key, jax.Array) and key.shape == () and (

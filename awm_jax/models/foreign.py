@@ -128,7 +128,7 @@ def _check_modes(module: nn.Module, name: str, variables: Any,
         both, alone = (apply(module, variables, x, train=False) for x in (images, images[:1]))
         return jnp.abs(both[:1] - alone).max() / (1 + jnp.abs(alone).max())
 
-    accepted = f"{', '.join(_MODES)}"
+    accepted = ", ".join(_MODES)
     if shift(variables, images) > 1e-3:
         raise ValueError(f"Expected {name}, told to evaluate, to give an image the same logits "
                          "whatever else is in its batch; it normalises by the batch. Give its "

@@ -1,11 +1,11 @@
 """A Flax NNX model as the Linen module that everything here takes."""
 
+import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ _one_at_a_time = threading.Lock()
 
 class FromNNX(nn.Module):
     """An NNX model, in training and in evaluation, as a Linen module.
+
+    Flax's own `flax.nnx.bridge.ToLinen` has no argument that tells the model its mode.
 
     Args:
       train_def: its graph after ``model.train()``.
@@ -172,11 +174,15 @@ def _wiring(shim: FromNNX, variables: Any, image_shape: tuple[int, int, int]) ->
     return tuple(areas.items()), tuple(fed.items())
 
 
-def _watched(kind: type, watch: Callable) -> Any:
+@contextlib.contextmanager
+def _watched(kind: Any, watch: Callable) -> Iterator[None]:
     """While within, ``watch(call, layer, ...)`` stands for the calls of a kind of layer."""
     call = kind.__call__
-    return mock.patch.object(kind, "__call__",
-                             lambda layer, *args, **kwargs: watch(call, layer, *args, **kwargs))
+    kind.__call__ = lambda layer, *args, **kwargs: watch(call, layer, *args, **kwargs)
+    try:
+        yield
+    finally:
+        kind.__call__ = call
 
 
 def update(model: Any, params: Params) -> None:

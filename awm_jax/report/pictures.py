@@ -23,8 +23,14 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 def lowest(axes: np.ndarray, count: int) -> list[Any]:
     """Of a grid of which ``count`` axes are used, row by row: hides the others.
 
+    Args:
+      axes: ``[rows, columns]`` of matplotlib.
+      count: how many are used, >= 1.
+
     Returns:
       The lowest used axis of every column, given the tick labels that a hidden one had.
+
+    Example: `lowest(figure.subplots(2, 3, sharex=True), 4)`.
     """
     columns = axes.shape[1]
     for axis in axes.flat[count:]:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import awm_jax
 from awm_jax import metrics
-from awm_jax.defences import DEFENCES, Status
+from awm_jax.defences import DEFENCES, Status, awm_purify
 from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
 from awm_jax.types import Arch, Batch, Params
 
@@ -174,3 +174,10 @@ def test_masks_that_still_move_are_told_by_either_way_of_calling(tiny, tiny_batc
     one = DEFENCES["awm_paper"](tiny, batch, config=DEFENCES["awm_paper"].Config(**settings))
     other = awm_jax.purify(tiny, batch, config=DEFENCES["awm_paper"].Config(**settings))
     assert one.status is other.status is Status.NOT_CONVERGED
+
+
+def test_layers_that_no_kernel_has_are_named_before_the_survey(tiny, tiny_batch, monkeypatch):
+    monkeypatch.setattr(awm_purify, "_jit_look", lambda *_: pytest.fail("work was begun"))
+    for layers, message in (("convs", "layers='convs' to be"), (("Conv_0",), "got Conv_0")):
+        with pytest.raises(ValueError, match=message):
+            awm_jax.purify(tiny, tiny_batch, config=awm_jax.AWMConfig(layers=layers))

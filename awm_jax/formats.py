@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awm_jax import checkpoint, file_kinds, models, torch_compat, torch_layouts, validate
+from awm_jax import (
+    checkpoint,
+    file_kinds,
+    models,
+    torch_compat,
+    torch_layouts,
+    validate,
+    whole_files,
+)
 from awm_jax.torch_layouts import LAYOUTS, Entry, entries
 from awm_jax.types import Arch, Params
 
@@ -262,13 +270,8 @@ def _write_safetensors(path: pathlib.Path, arrays: dict[str, np.ndarray], source
         theirs, metadata = _read_safetensors(source.path)
         prefix = torch_layouts.prefix(theirs)
         arrays = {prefix + name: value for name, value in arrays.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_files.writing(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata or None))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_finite(arrays: Mapping[str, np.ndarray], advice: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from awm_jax import torch_layouts
+from awm_jax import torch_layouts, whole_files
 
 _WRAPPERS = ("net", "state_dict", "model", "model_state_dict")
 COUNTER = "num_batches_tracked"
@@ -200,11 +200,6 @@ def replaced(content: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 
 def write(path: pathlib.Path, content: Any) -> None:
-    """`torch.save` under a temporary name that is then renamed; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """`torch.save`, whole or not at all."""
+    with whole_files.writing(path) as temporary:
         pytorch().save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

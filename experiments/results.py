@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from awm_jax import metrics, programs
+from awm_jax import metrics, programs, whole_files
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from experiments import pages
@@ -55,11 +55,9 @@ def about(dataset: Dataset) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes to a temporary name and renames: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """A reader never sees half a file."""
+    with whole_files.writing(path) as temporary:
+        temporary.write_text(text)
 
 
 def set_aside(path: pathlib.Path) -> None:

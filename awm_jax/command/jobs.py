@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from awm_jax import detection, formats, masks, metrics, programs, validate
-from awm_jax.command import changes, verdict
+from awm_jax.command import changes, remembered, verdict
 from awm_jax.command import suspect as reading
 from awm_jax.command.options import able
 from awm_jax.command.suspect import Suspect, say
@@ -169,9 +169,16 @@ def _check_enough(suspect: Suspect, force: bool) -> None:
 
 def _look(suspect: Suspect, args: argparse.Namespace) -> Findings:
     """The scan, its verdict printed."""
-    with waiting("looking for triggers"):
-        found = detection.scan(suspect.params, suspect.batch, key=jax.random.key(args.seed),
-                               config=AWMConfig(flip=args.flip))
+    config = AWMConfig(flip=args.flip)
+    kept = remembered.place(suspect.params, suspect.batch, args.seed, config)
+    found = remembered.read(kept)
+    if found is None:
+        with waiting("looking for triggers"):
+            found = detection.scan(suspect.params, suspect.batch, key=jax.random.key(args.seed),
+                                   config=config)
+        remembered.write(kept, found)
+    else:
+        say(f"  scanned before with these images and this seed: taken from {kept}")
     told = verdict.of(found, len(suspect.batch.labels))
     say(f"{told.level}: {told.headline}")
     for reason in told.reasons:

@@ -1,6 +1,7 @@
 """The page a scan leaves: one HTML file that needs no other; its numbers as JSON beside it."""
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from awm_jax import whole_files
 
 _LEVELS = {"clean-looking": "✓", "suspicious": "!", "unclear": "?"}
 _ALL_BARS, _LARGEST = 40, 20
@@ -359,13 +362,6 @@ def write(path: str | os.PathLike, report: Mapping[str, Any],
     if beside == path:
         raise ValueError(f"Expected the name of an HTML file, got {path.name}.")
     texts = {path: page(report, pictures), beside: json.dumps(_plain(report), indent=1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporaries = {whole: whole.with_name(f".{whole.name}.{os.getpid()}") for whole in texts}
-    try:
-        for whole, temporary in temporaries.items():
-            temporary.write_text(texts[whole], encoding="utf-8")
-        for whole, temporary in temporaries.items():
-            os.replace(temporary, whole)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+    with contextlib.ExitStack() as both:  # renamed when the two are written
+        for file, text in texts.items():
+            both.enter_context(whole_files.writing(file)).write_text(text, encoding="utf-8")

@@ -1,23 +1,18 @@
 """Pictures of triggers; arrays in, PNG files out."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from awm_jax import whole_files
+
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
     """Writes under a temporary name and renames."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_files.writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def lowest(axes: np.ndarray, count: int) -> list[Any]:

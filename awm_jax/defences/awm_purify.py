@@ -1,5 +1,6 @@
 """Adversarial Weight Masking (AWM), "One-shot Neural Backdoor Erasing", NeurIPS 2022."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from awm_jax.defences.base import (
     warn_if_wrong,
 )
 from awm_jax.defences.survey import Survey
+from awm_jax.progress import Progress, waiting
 from awm_jax.types import Batch, Masks, Params
 
 
@@ -53,6 +55,8 @@ class Purified:
     survey: Survey | None
 
 
+OnEpochs = Callable[[int, int, AWMState, dict[str, float]], bool | None]
+
 _jit_epochs = jax.jit(awm_steps.epochs, static_argnames=("settings", "length"))
 _jit_prepare = jax.jit(awm_batches.prepare, static_argnames="settings")
 _jit_init = jax.jit(awm_steps.init, static_argnames="settings")
@@ -63,8 +67,9 @@ _jit_network = jax.jit(awm_steps.network)
 
 def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
            key: jax.Array | int | None = None,
-           on_epochs: Callable[[int, int, AWMState, dict[str, float]], bool | None] | None = None,
-           every: int | None = None, survey: Survey | None = None) -> Purified:
+           on_epochs: OnEpochs | None = None,
+           every: int | None = None, survey: Survey | None = None,
+           progress: bool = False) -> Purified:
     """Erases a backdoor by learning masks in [0, 1] over kernels, by default the convolutions'.
 
     ``min_m alpha L(f(x; m*w), y) + beta max_{||d||_1 <= tau} L(f(x+d; m*w), y) + gamma ||m||_1``
@@ -82,6 +87,7 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
         returns True the run ends, with the masks from before that stretch.
       every: epochs a stretch, a divisor of the epochs; by default the largest up to 5.
       survey: of the same network, from `awm_jax.detection.scan`, instead of making one.
+      progress: whether to show how far it is and the losses: a bar on a terminal, else plain lines.
 
     Returns:
       `Purified`.
@@ -118,7 +124,10 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
     images, labels = _jit_prepare(key, given, jnp.asarray(batch.labels, jnp.int32), settings)
     found = survey
     if settings.survey_steps and found is None:
-        found = _jit_look(key, params, images, labels, settings)
+        with _telling("looking for triggers", progress):
+            found = jax.block_until_ready(_jit_look(key, params, images, labels, settings))
+    if progress:
+        on_epochs = _shown(Progress("purifying", settings.epochs), on_epochs)
     state, infos = _jit_init(params, settings, found), []
     settings = awm_spare.after_survey(settings, found, params.arch)
     for done in range(every, settings.epochs + 1, every):
@@ -134,9 +143,28 @@ def purify(params: Params, batch: Batch, *, config: AWMConfig | None = None,
                 break
     # Else it would change nothing, or there is nothing to give back.
     if settings.repair and found is not None and bool(found.small) and int(state.epoch):
-        state = _jit_repair(key, state, params, images, labels, settings)
+        with _telling("repairing", progress):
+            state = jax.block_until_ready(
+                _jit_repair(key, state, params, images, labels, settings))
     history = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
     return conclude(params, state, found, history, given)
+
+
+def _telling(what: str, progress: bool) -> contextlib.AbstractContextManager[None]:
+    """Says how long something has run, if anything is to be said."""
+    return waiting(what) if progress else contextlib.nullcontext()
+
+
+def _shown(bar: Progress, on_epochs: OnEpochs | None) -> OnEpochs:
+    """What is called between stretches, and moves a bar before."""
+    def watch(done, total, state, latest):
+        bar.update(done, **{k: latest[k] for k in ("clean_loss", "trigger_loss", "mask_mean")})
+        ends = on_epochs is not None and on_epochs(done, total, state, latest)
+        if ends:
+            bar.close()
+        return ends
+
+    return watch
 
 
 def _checked(params: Params, batch: Batch, config: AWMConfig) -> Batch:

@@ -35,14 +35,17 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:
+def init(weights: Weights, layers: str | tuple[str, ...] = "conv", *,
+         classifier: str | None = "dense") -> Masks:
     """All-ones masks over the chosen kernels (Algorithm 1, line 1).
 
     Args:
       weights: nested dict of arrays.
-      layers: ``'conv'`` (4-d kernels; in a network without any, all but the last layer's, which
-        is called ``'dense'``), ``'all'`` (dense kernels too), or a tuple of layer names as
+      layers: ``'conv'`` (4-d kernels; in a network without any, all but the
+        ``classifier``'s), ``'all'`` (dense kernels too), or a tuple of layer names as
         `layer_names` lists them (Table 9's VGG-i is ``('conv<i>',)``).
+      classifier: name of the layer whose outputs are the classes, as `awm_jax.models.classifier`
+        finds it; None without any.
 
     Returns:
       A tree of ones shaped like the chosen kernels, None elsewhere.
@@ -72,7 +75,7 @@ def init(weights: Weights, layers: str | tuple[str, ...] = "conv") -> Masks:
         if layers == "all":
             keep = True
         elif layers == "conv":
-            keep = leaf.ndim == 4 if convolutional else _name(path[:-1]) != "dense"
+            keep = leaf.ndim == 4 if convolutional else _name(path[:-1]) != classifier
         else:
             keep = _name(path[:-1]) in layers
         return jnp.ones_like(leaf) if keep else None

@@ -250,6 +250,19 @@ def test_a_defence_that_ends_in_nan_writes_nothing(desk, monkeypatch, tmp_path, 
     assert "ft" in err and "Nothing was written" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("status, code", [
+    (Status.OK, 0), (Status.NOT_CONVERGED, 0), (Status.CLEAN_ACCURACY_LOST, 3)])
+def test_a_script_can_tell_what_should_be_looked_at(desk, monkeypatch, tmp_path, capsys, status,
+                                                    code):
+    monkeypatch.setattr(jobs, "_other", lambda suspect, config, args: jobs.Purification(
+        suspect.params, status, {}, 1.0))
+    assert main(["purify", str(desk / "net"), "--images", str(desk / "images"), "--out",
+                 str(tmp_path / "new"), "--defence", "ft"]) == code
+    assert checkpoint.exists(tmp_path / "new") and status.name in capsys.readouterr().out
+    assert json.loads((tmp_path / "new-report.json").read_text())["defence"]["status"] == (
+        status.name)
+
+
 @pytest.mark.parametrize("text", ["1.1", "-.1", "nan", "inf", "much"])
 def test_an_alpha_beyond_its_range_is_refused_at_once(text, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.core.utils import tqdm_utils
 
 from awm_jax import data
 from awm_jax.data import augment, download, gtsrb, mixing, official, splits
@@ -76,10 +77,13 @@ def _archive(folder):
     return folder
 
 
-def test_gtsrb_builder_crops_and_caches(tmp_path, cache, monkeypatch):
+def test_gtsrb_builder_crops_and_caches(tmp_path, cache, monkeypatch, capsys, caplog):
     folder = _archive(tmp_path / "archives")
     monkeypatch.setattr(gtsrb, "COUNTS", {"train": 4, "test": 3})
     first = data.load("gtsrb", folder)
+    # Where nobody watches a terminal, none of TFDS's bars and nothing of OpenCV.
+    assert "examples" not in capsys.readouterr().err and "OpenCV" not in caplog.text
+    assert tqdm_utils._active  # and they are as they were
     assert first.train_images.shape == (4, 32, 32, 3) and first.train_images.dtype == np.uint8
     assert sorted(first.train_labels.tolist()) == [0, 0, 7, 7]
     assert first.test_labels.tolist() == [7, 7, 7] and first.num_classes == 43

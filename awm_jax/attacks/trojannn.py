@@ -23,14 +23,14 @@ def connected(params: Params, count: int = NEURONS) -> jax.Array:
     """The inputs of the last dense layer that move the logits most: largest ``sum_c |w_jc|``.
 
     Args:
-      params: a network whose last layer is called ``'dense'``.
+      params: a network that a dense layer ends.
       count: how many, >= 1.
 
     Returns:
       ``[count]`` indices, the best connected first.
 
     Raises:
-      ValueError: a network without a layer of that name.
+      ValueError: a network without such a layer.
 
     Example:
       >>> from awm_jax.types import Arch
@@ -41,9 +41,8 @@ def connected(params: Params, count: int = NEURONS) -> jax.Array:
 
     Reference: Liu et al. 2018, section IV-B ("select neurons").
     """
-    if "dense" not in params.weights:
-        raise ValueError(f"Expected {params.arch.name} to end in a layer called 'dense'.")
-    return jax.lax.top_k(jnp.abs(params.weights["dense"]["kernel"]).sum(axis=1), count)[1]
+    kernel = models.layer(params.weights, models.needed_classifier(params.arch))["kernel"]
+    return jax.lax.top_k(jnp.abs(kernel).sum(axis=1), count)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "features_fn"))
@@ -149,7 +148,7 @@ def trojannn(key: jax.Array, image_shape: tuple[int, int, int], num_classes: int
 
     Raises:
       ValueError: smaller images, a target outside the classes, or params without images, with other
-        classes or without a layer called ``'dense'``.
+        classes or without a dense layer at its end.
 
     Example:
       >>> attack = trojannn(jax.random.key(0), (32, 32, 3), 10)

@@ -19,6 +19,11 @@ from awm_jax.command.options import (
     share,
 )
 
+_FINE = ("OK", "NOT_CONVERGED")
+EXITS = ("exit status: 0: done, whatever the verdict; 2: an error, nothing was written; 3: a "
+         "network was written, but over a tenth of the images changed their class, or it ended "
+         "too soon (see its report before you use it); 130: interrupted")
+
 
 class _Normalise(argparse.Action):
     """Keeps what is given; 'help' lists what can be and ends, without the options a job needs."""
@@ -63,14 +68,14 @@ def _shared(p: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of ``awm-jax``."""
-    p = OneLine(prog="awm-jax", description=__doc__)
+    p = OneLine(prog="awm-jax", description=__doc__, epilog=EXITS)
     commands = p.add_subparsers(dest="command", required=True, metavar="scan|purify")
     scan = commands.add_parser("scan", prog="awm-jax scan", description="Look for a backdoor.",
                                help="look for a backdoor, and write a report")
     _shared(scan)
     purify = commands.add_parser(
         "purify", prog="awm-jax purify", description="Erase a backdoor, found or not.",
-        help="erase a backdoor, found or not, and write the network and a report")
+        help="erase a backdoor, found or not, and write the network and a report", epilog=EXITS)
     _shared(purify)
     purify.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE",
                         help="the purified network; .pth, .safetensors, or a new directory "
@@ -92,14 +97,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; errors of the user's making end in one line and status 2."""
+    """Entry point; returns the exit status, of which `EXITS` has the meanings."""
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(given)
+    ended: list[str] = []
 
     def job():
         from awm_jax.command import jobs  # plots and pages: not for --help
 
         args.said = shlex.join(["python", "-m", "awm_jax", *given])
-        (jobs.scan if args.command == "scan" else jobs.purify)(args)
+        if args.command == "scan":
+            jobs.scan(args)
+        else:
+            ended.append(jobs.purify(args).name)
 
-    return run(f"awm-jax {args.command}", job, stopped=FROM_THE_START)
+    status = run(f"awm-jax {args.command}", job, stopped=FROM_THE_START)
+    return 3 if status == 0 and ended and ended[0] not in _FINE else status

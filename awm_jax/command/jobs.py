@@ -69,11 +69,14 @@ def scan(args: argparse.Namespace) -> None:
     _finish(path, report, suspect, findings, None, args.said, started)
 
 
-def purify(args: argparse.Namespace) -> None:
+def purify(args: argparse.Namespace) -> Status:
     """``awm-jax purify``: writes the purified network and a report.
 
     Args:
       args: of the parser in `awm_jax.command`.
+
+    Returns:
+      How it ended.
 
     Raises:
       OSError: files that cannot be read or written.
@@ -108,6 +111,7 @@ def purify(args: argparse.Namespace) -> None:
     if done.layers:
         report["layers"] = done.layers
     _finish(path, report, suspect, findings, done.params, args.said, started)
+    return done.status
 
 
 def _check_defence(name: str) -> None:

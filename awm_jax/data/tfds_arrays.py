@@ -1,12 +1,15 @@
 """Arrays out of TFDS, without TensorFlow and without a look-up on Google Cloud Storage."""
 
+import contextlib
+import logging
 import pathlib
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.utils import gcs_utils
+from tensorflow_datasets.core.utils import gcs_utils, tqdm_utils
 
 from awm_jax.data.store import Arrays
 
@@ -22,15 +25,38 @@ def prepare_and_read(builder_class: Callable, archives: pathlib.Path,
     cache.mkdir(parents=True, exist_ok=True)
     # A directory used once: TFDS takes whatever it finds prepared, be it of other archives or of
     # incomplete ones, and the arrays are what is kept.
-    with tempfile.TemporaryDirectory(dir=cache, prefix="tfds-") as prepared:
+    with _quiet(), tempfile.TemporaryDirectory(dir=cache, prefix="tfds-") as prepared:
         builder = builder_class(data_dir=prepared, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
             manual_dir=archives, try_download_gcs=False))
         return read(builder)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS's bars on a terminal alone, and nothing of OpenCV, whose place Pillow takes."""
+    bars, log = tqdm_utils._active, logging.getLogger("absl")
+
+    def other(record):
+        return "OpenCV is not installed" not in record.getMessage()
+
+    log.addFilter(other)
+    tfds.display_progress_bar(bars and sys.stderr.isatty())
+    try:
+        yield
+    finally:
+        tfds.display_progress_bar(bars)
+        log.removeFilter(other)
+
+
 def read(builder) -> Arrays:
     """The training and test splits of a prepared builder as arrays."""
+    with _quiet():
+        return _read(builder)
+
+
+def _read(builder) -> Arrays:
+    """`read`, with all that TFDS has to say."""
     out: list[np.ndarray] = []
     for split in ("train", "test"):
         source = builder.as_data_source(split=split)

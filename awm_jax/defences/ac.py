@@ -42,7 +42,7 @@ class ACConfig(training.TrainConfig):
 
 
 def features(params: Params, images: jax.Array) -> jax.Array:
-    """The last block's channels, averaged over each image.
+    """The last block's channels, averaged over each image; of a foreign module its last features.
 
     The paper takes the last hidden layer. In the small VGG that is 16 places of 128 channels;
     their average keeps the covariance of a class at ``[128, 128]``.
@@ -62,8 +62,7 @@ def features(params: Params, images: jax.Array) -> jax.Array:
       (2, 128)
     """
     def one(batch):
-        _, blocks, _ = models.activations(params, batch)
-        return list(blocks.values())[-1].mean(axis=(1, 2))
+        return models.last_features(params, batch)
 
     return chunks.over_images(one, images)
 

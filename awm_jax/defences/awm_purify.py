@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awm_jax import masks as masking
-from awm_jax import validate
+from awm_jax import models, validate
 from awm_jax.defences import awm_batches, awm_repair, awm_spare, awm_steps
 from awm_jax.defences.awm_config import AWMConfig, Settings
 from awm_jax.defences.awm_losses import AWMInfo
@@ -177,7 +177,9 @@ def _checked(params: Params, batch: Batch, config: AWMConfig) -> Batch:
                              image_shape=params.arch.image_shape)
     if config.layers not in (None, "deep"):  # before a survey that takes minutes
         layers: Any = config.layers
-        jax.eval_shape(lambda weights: masking.init(weights, layers), params.weights)
+        last = models.classifier(params.arch)
+        jax.eval_shape(lambda weights: masking.init(weights, layers, classifier=last),
+                       params.weights)
     return batch
 
 

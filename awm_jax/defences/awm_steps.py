@@ -211,7 +211,7 @@ def init(params: Params, settings: Settings, found: Survey | None = None) -> AWM
     layers = settings.layers
     if layers == "deep":  # a network without convolutions is masked as by 'conv'
         layers = models.deep_convolutions(params.arch) or "conv"
-    masks = masking.init(params.weights, layers)
+    masks = masking.init(params.weights, layers, classifier=models.classifier(params.arch))
     kept = settings.epochs if settings.replay else 1
     triggers, suspect = jnp.zeros((kept, *params.arch.image_shape)), jnp.array(-1)
     bends, several, bent = jnp.array(False), jnp.array(False), None

@@ -76,16 +76,36 @@ class Remit(NamedTuple):
     Args:
       weights: ``(path, leaf) -> bool`` over slash-joined paths such as ``'bn1/scale'``.
       batch_stats: whether BatchNorm's running statistics may change.
+      classifier: whether the weights of `awm_jax.models.classifier` may, whatever ``weights`` says;
+        None for as it says.
     """
 
     weights: Callable[[str, jax.Array], bool]
     batch_stats: bool
+    classifier: bool | None = None
+
+    def allows(self, params: Params) -> Any:
+        """Which weights of a network may change: a tree of its shape, of bools.
+
+        Example:
+          >>> from awm_jax.types import Arch
+          >>> params = models.create(jax.random.key(0), Arch(name='small_vgg', num_classes=10))
+          >>> HIDDEN_KERNELS.allows(params)['dense']
+          {'bias': False, 'kernel': False}
+        """
+        last = None if self.classifier is None else models.classifier(params.arch)
+
+        def allowed(path, leaf):
+            return self.classifier if path.rpartition("/")[0] == last else self.weights(path, leaf)
+
+        return map_weights(allowed, params.weights)
 
 
 EVERYTHING = Remit(lambda path, leaf: True, True)
 WEIGHTS = Remit(lambda path, leaf: True, False)
 # Of the convolutions; all of these in a network without any.
-HIDDEN_KERNELS = Remit(lambda path, leaf: path.endswith("kernel") and path != "dense/kernel", False)
+HIDDEN_KERNELS = Remit(lambda path, leaf: path.endswith("kernel"), False, classifier=False)
+CLASSIFIER = Remit(lambda path, leaf: False, False, classifier=True)
 
 
 def _in_norm(path: str, leaf: jax.Array) -> bool:
@@ -127,7 +147,7 @@ class Defence:
     paper: str
     needs: str = "clean"
     ablation: bool = False
-    fits: Callable[[Arch], None] = lambda arch: None
+    fits: Callable[[Arch], Any] = lambda arch: None
     fixed: tuple[str, ...] = ()
     ended: Callable[[Outcome], Status] = lambda outcome: Status.OK
 
@@ -304,15 +324,6 @@ def norms_needed(arch: Arch) -> None:
                 if isinstance(arch, ForeignArch) else "")
         raise ValueError(f"Expected a network with BatchNorm behind convolutions, {arch.name} has "
                          f"none. Choose another defence{more}.")
-
-
-def classifier_needed(arch: Arch) -> None:
-    """ValueError for a network whose last layer has no name known here, as `norms_needed`."""
-    drawn = jax.eval_shape(lambda key: models.create(key, arch), jax.random.key(0))
-    if "kernel" not in drawn.weights.get("dense", {}):
-        raise ValueError(f"Expected {arch.name} to end in a dense layer called 'dense', it has "
-                         f"{', '.join(drawn.weights)}. Choose another defence, or rename its last "
-                         "layer, in the weights too.")
 
 
 def finite_weights(params: Params) -> None:

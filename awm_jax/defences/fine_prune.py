@@ -9,8 +9,8 @@ import numpy as np
 
 from awm_jax import models, validate
 from awm_jax.defences import chunks, tuning
-from awm_jax.defences.base import EVERYTHING, Defence, classifier_needed
-from awm_jax.types import Params, Weights
+from awm_jax.defences.base import EVERYTHING, Defence
+from awm_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class Head(NamedTuple):
 
     Args:
       inputs: ``[n, F]``: the last block's channels, flattened ``[h, w, c]`` or pooled ``[c]``.
-      activity: ``[n, c]``, the last block's output averaged over each image.
+      activity: ``[n, c]``, the last block's output averaged over each image; of a foreign module,
+        whose blocks are its own matter, the inputs themselves.
     """
 
     inputs: jax.Array
@@ -54,7 +55,7 @@ def head(params: Params, images: jax.Array) -> Head:
     """What the classifier of the frozen network sees.
 
     Args:
-      params: a network whose last layer is called ``dense``.
+      params: a network that a dense layer ends.
       images: ``[n, H, W, C]`` float32 in [0, 1].
 
     Returns:
@@ -71,31 +72,27 @@ def head(params: Params, images: jax.Array) -> Head:
       ((2, 128), (2, 128))
     """
     def one(batch):
-        _, blocks, _ = models.activations(params, batch)
-        return models.features(params, batch), list(blocks.values())[-1].mean(axis=(1, 2))
+        return models.features(params, batch), models.last_features(params, batch)
 
     return Head(*chunks.over_images(one, images))
 
 
-def prune(weights: Weights, pruned: jax.Array) -> Weights:
+def prune(kernel: jax.Array, pruned: jax.Array) -> jax.Array:
     """Zero rows in the classifier's kernel for every channel pruned, at each place of the image.
 
     Args:
-      weights: the network's.
+      kernel: ``[F, classes]``.
       pruned: ``[c]`` bool; the kernel's rows are ``[h, w, c]`` in row-major order, or ``[c]``.
 
     Returns:
-      Weights of the same shape.
+      A kernel of the same shape.
 
     Example:
-      >>> tree = {'dense': {'kernel': jnp.ones((4, 1))}}
-      >>> prune(tree, jnp.array([True, False]))['dense']['kernel'].ravel().tolist()
+      >>> prune(jnp.ones((4, 1)), jnp.array([True, False])).ravel().tolist()
       [0.0, 1.0, 0.0, 1.0]
     """
-    kernel = weights["dense"]["kernel"]
     rows = kernel.reshape(-1, len(pruned), kernel.shape[-1])
-    kept = jnp.where(pruned[None, :, None], 0.0, rows).reshape(kernel.shape)
-    return {**weights, "dense": {**weights["dense"], "kernel": kept}}
+    return jnp.where(pruned[None, :, None], 0.0, rows).reshape(kernel.shape)
 
 
 def choose(accuracies: jax.Array, max_drop: float) -> jax.Array:
@@ -153,13 +150,15 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     activity = found.activity[ranking].mean(axis=0)
     ranks = jnp.argsort(jnp.argsort(activity))
     counts = _candidates(len(activity))
-    accuracies = _accuracies(found.inputs[held], labels[held], params.weights["dense"], ranks,
-                             counts)
+    name = models.needed_classifier(params.arch)
+    accuracies = _accuracies(found.inputs[held], labels[held],
+                             models.layer(params.weights, name), ranks, counts)
     number = jnp.asarray(counts)[choose(accuracies, config.max_drop)]
     pruned = ranks < number
 
     def settle(weights):
-        return prune(weights, pruned)
+        dense = models.layer(weights, name)
+        return models.with_layer(weights, name, {**dense, "kernel": prune(dense["kernel"], pruned)})
 
     start = dataclasses.replace(params, weights=settle(params.weights))
     tuned, losses = tuning.descend(key_tune, start, images, labels, config, settle=settle)
@@ -169,6 +168,6 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
 
 fp = Defence(
     name="fp", method=_method, default=FinePruneConfig(), remit=EVERYTHING,
-    fits=classifier_needed,
+    fits=models.needed_classifier,
     paper="Liu et al., RAID 2018, \"Fine-Pruning\", sections 3 and 4",
 )

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from awm_jax import validate
+from awm_jax import models, validate
 from awm_jax.defences import tuning
-from awm_jax.defences.base import EVERYTHING, Defence, classifier_needed
+from awm_jax.defences.base import EVERYTHING, Defence
 from awm_jax.types import Params
 
 
@@ -64,11 +64,12 @@ def fresh_classifier(key: jax.Array, dense: dict[str, jax.Array]) -> dict[str, j
             for name, leaf in dense.items()}
 
 
-def shifted(loss: tuning.Loss, suspect: jax.Array, alpha: float) -> tuning.Loss:
-    """``L + alpha <W, W_suspect>`` over the kernel of the last layer.
+def shifted(loss: tuning.Loss, name: str, suspect: jax.Array, alpha: float) -> tuning.Loss:
+    """``L + alpha <W, W_suspect>`` over the kernel of one layer, the classifier's.
 
     Args:
       loss: what the shift is added to.
+      name: of the layer.
       suspect: ``[d, c]`` the suspect network's kernel.
       alpha: >= 0.
 
@@ -82,7 +83,8 @@ def shifted(loss: tuning.Loss, suspect: jax.Array, alpha: float) -> tuning.Loss:
 
     def total(key, params, images, labels):
         value, batch_stats = loss(key, params, images, labels)
-        return value + alpha * (params.weights["dense"]["kernel"] * suspect).sum(), batch_stats
+        kernel = models.layer(params.weights, name)["kernel"]
+        return value + alpha * (kernel * suspect).sum(), batch_stats
 
     return total
 
@@ -91,24 +93,26 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
             config: FSTConfig) -> tuple[Params, dict]:
     """``min_w L + alpha <W, W0>`` under ``||W|| = ||W0||``, the last layer W drawn anew."""
     key_draw, key_steps = jax.random.split(key)
-    suspect = params.weights["dense"]["kernel"]
+    name = models.needed_classifier(params.arch)
+    dense = models.layer(params.weights, name)
+    suspect = dense["kernel"]
     norm = jnp.linalg.norm(suspect)
-    drawn = fresh_classifier(key_draw, params.weights["dense"])
+    drawn = fresh_classifier(key_draw, dense)
 
     def settle(weights):
-        dense = {**weights["dense"], "kernel": rescale(weights["dense"]["kernel"], norm)}
-        return {**weights, "dense": dense}
+        own = models.layer(weights, name)
+        return models.with_layer(weights, name, {**own, "kernel": rescale(own["kernel"], norm)})
 
-    start = dataclasses.replace(params, weights={**params.weights, "dense": drawn})
+    start = dataclasses.replace(params, weights=models.with_layer(params.weights, name, drawn))
     tuned, losses = tuning.descend(
         key_steps, start, images, labels, config, settle=settle,
-        gradient=tuning.plain(shifted(tuning.cross_entropy, suspect, config.alpha)))
-    inner = (tuned.weights["dense"]["kernel"] * suspect).sum()
+        gradient=tuning.plain(shifted(tuning.cross_entropy, name, suspect, config.alpha)))
+    inner = (models.layer(tuned.weights, name)["kernel"] * suspect).sum()
     return tuned, {"loss": losses, "cosine": inner / jnp.where(norm > 0, norm, 1.0) ** 2}
 
 
 fst = Defence(
     name="fst", method=_method, default=FSTConfig(), remit=EVERYTHING,
-    fits=classifier_needed,
+    fits=models.needed_classifier,
     paper="FST (Min et al., NeurIPS 2023), and its published code",
 )

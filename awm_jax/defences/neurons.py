@@ -42,8 +42,7 @@ def ones(params: Params) -> Factors:
 
     They are the BatchNorm channels. In a network without BatchNorm they are the output channels of
     all convolutions and dense layers but the last one, whose outputs are classes, not neurons (the
-    counts of ANP's Tables 5 and 6 leave them out too): the one called ``dense``, in a network
-    without one all dense layers as wide as there are classes.
+    counts of ANP's Tables 5 and 6 leave them out too).
 
     Args:
       params: the network.
@@ -61,15 +60,12 @@ def ones(params: Params) -> Factors:
       (128,)
     """
     leaves = by_path(params.weights)
-
-    def classifies(path, leaf):
-        if "dense/kernel" in leaves:
-            return path == "dense/kernel"
-        return leaf.ndim == 2 and leaf.shape[-1] == params.arch.num_classes
-
-    owners = _norms(params) or {
-        path.rpartition("/")[0]: leaf for path, leaf in leaves.items()
-        if path.endswith("kernel") and not classifies(path, leaf)}
+    owners = _norms(params)
+    if not owners:
+        classifier = models.classifier(params.arch)
+        kernels = {path.rpartition("/")[0]: leaf for path, leaf in leaves.items()
+                   if path.endswith("kernel")}
+        owners = {name: leaf for name, leaf in kernels.items() if name != classifier}
     if not owners:
         raise ValueError("Expected BatchNorm layers, convolutions or hidden dense layers to prune, "
                          f"found only: {', '.join(leaves)}.")

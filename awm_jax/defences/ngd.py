@@ -8,7 +8,7 @@ import optax
 
 from awm_jax import losses, models, validate
 from awm_jax.defences import chunks, tuning
-from awm_jax.defences.base import Defence, Remit, classifier_needed
+from awm_jax.defences.base import CLASSIFIER, Defence
 from awm_jax.types import Params
 
 
@@ -133,7 +133,8 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     prior, joins that matrix with its own curvature: over the damping alone, its gradient would
     overshoot, ever farther, wherever features are long.
     """
-    dense = params.weights["dense"]
+    name = models.needed_classifier(params.arch)
+    dense = models.layer(params.weights, name)
     start = jnp.concatenate([dense["kernel"], *(dense[k][None] for k in dense if k == "bias")])
     features = _features(params, images, config.batch_size)[:, :len(start)]
     importance = config.eta * fisher_diagonal(features, _errors(start, features, labels))
@@ -155,14 +156,14 @@ def _method(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array
     (theta, _), values = jax.lax.scan(step, (start, rule.init(start)), order)
     width = len(dense["kernel"])
     found = {"kernel": theta[:width], "bias": theta[-1]}
-    weights = {**params.weights, "dense": {name: found[name] for name in dense}}
+    weights = models.with_layer(params.weights, name, {part: found[part] for part in dense})
     return dataclasses.replace(params, weights=weights), {
         "loss": values, "moved": jnp.linalg.norm(theta - start)}
 
 
 ngd = Defence(
     name="ngd", method=_method, default=NGDConfig(),
-    remit=Remit(lambda path, leaf: path.startswith("dense/"), False),
-    fits=classifier_needed,
+    remit=CLASSIFIER,
+    fits=models.needed_classifier,
     paper="NGF (Karim et al. 2023, arXiv 2306.17441; NGD in FT-SAM's Table 5)",
 )

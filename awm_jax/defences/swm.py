@@ -88,7 +88,8 @@ def learn_masks(key: jax.Array, params: Params, images: jax.Array, labels: jax.A
 
     schedule = optax.piecewise_constant_schedule(config.lr, {config.steps // 2: 0.1})
     tune = tuning.for_steps(config.steps, len(images), config)
-    masks = masking.init(params.weights, config.layers)
+    masks = masking.init(params.weights, config.layers,
+                         classifier=models.classifier(params.arch))
     # The masks take the place of the weights: what descends is the same to the scan.
     found, values = tuning.descend(
         key, Params(masks, {}, params.arch), images, labels, tune, gradient=gradient,

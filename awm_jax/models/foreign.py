@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,27 @@ def apply(module: nn.Module, variables: Any, images: jax.Array, *, train: bool,
     """
     with nn.intercept_methods(_lower_convolutions):
         return module.apply(variables, images, **mode(module, train=train), **options)
+
+
+def puts_out(made: Sequence[tuple[str, Any]], logits: Any) -> str | None:
+    """Of dense layers and what they put out, in the order of their use, which gives the logits.
+
+    Args:
+      made: ``(name, output)``.
+      logits: ``[B, c]`` what the network returns.
+
+    Returns:
+      The name of the layer that made the logits; else of the last with outputs of their shape, as
+      something may have been done to them; None without any.
+
+    Example:
+      >>> x = jnp.ones((2, 3))
+      >>> puts_out([('hidden', x + 1), ('out', x), ('beside', x + 2)], x)
+      'out'
+    """
+    itself = [name for name, out in made if out is logits]
+    alike = [name for name, out in made if out.shape == logits.shape]
+    return next(reversed(itself or alike), None)
 
 
 def _lower_convolutions(call, args, kwargs, context):

@@ -33,6 +33,7 @@ class FromNNX(nn.Module):
       shapes: ``(collection, path, shape)`` of every array.
       areas: ``(name, pixels)`` of what every convolution puts out, in the order of their use.
       fed: ``(norm, convolution)`` of every BatchNorm that one convolution feeds.
+      classifier: name of the dense layer that gives the logits, None without any.
     """
 
     train_def: Any
@@ -42,6 +43,7 @@ class FromNNX(nn.Module):
     shapes: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...]
     areas: tuple[tuple[str, int], ...] = ()
     fed: tuple[tuple[str, str], ...] = ()
+    classifier: str | None = None
 
     def norm_inputs(self) -> dict[str, str]:
         """BatchNorm layers and the convolution that feeds each."""
@@ -50,6 +52,24 @@ class FromNNX(nn.Module):
     def convolution_areas(self) -> dict[str, int]:
         """Pixels of what every convolution puts out."""
         return dict(self.areas)
+
+    def last_dense(self) -> str | None:
+        """Name of the dense layer that gives the logits."""
+        return self.classifier
+
+    def inputs_of(self, variables: Any, images: Any, name: str) -> Any:
+        """What a dense layer sees, in evaluation."""
+        model = self.merged(variables, jax.random.key(0), train=False)
+        names, seen = _names(model), []
+
+        def linear(call: Callable, layer, inputs, *args, **kwargs):
+            if names[id(layer)] == name:
+                seen.append(inputs)
+            return call(layer, inputs, *args, **kwargs)
+
+        with _one_at_a_time, _watched(nnx.Linear, linear):
+            model(images)
+        return seen[-1]
 
     def merged(self, variables: Any, key: jax.Array, *, train: bool) -> Any:
         """The model itself, with these arrays; its convolutions lowered as ours are."""
@@ -139,20 +159,27 @@ def params(model: Any, *, image_shape: tuple[int, int, int], mean: tuple[float, 
               for path, leaf in jax.tree_util.tree_leaves_with_path(variables)))
     name, image_shape = f"nnx:{type(model).__name__}", validate.image_shape(image_shape)
     found = foreign.params(shim, variables, image_shape=image_shape, mean=mean, std=std, name=name)
-    areas, fed = _wiring(shim, variables, image_shape)
-    arch = dataclasses.replace(found.arch, module=shim.clone(areas=areas, fed=fed))  # type: ignore
+    shim = shim.clone(**_wiring(shim, variables, image_shape))
+    arch = dataclasses.replace(found.arch, module=shim)  # type: ignore
     return dataclasses.replace(found, arch=arch)
 
 
-def _wiring(shim: FromNNX, variables: Any, image_shape: tuple[int, int, int]) -> tuple[Any, Any]:
-    """`FromNNX`'s ``areas`` and ``fed``, of one call that is followed."""
+def _names(model: nnx.Module) -> dict[int, str]:
+    """Slash-joined names of a model's layers, by identity."""
+    return {id(layer): "/".join(map(str, path)) for path, layer in nnx.iter_graph(model)}
+
+
+def _wiring(shim: FromNNX, variables: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """`FromNNX`'s ``areas``, ``fed`` and ``classifier``, of one call that is followed."""
     areas: dict[str, int] = {}
     fed: dict[str, str] = {}
     made: list[tuple[str, Any]] = []  # kept, so that no two have the same identity
+    dense: list[tuple[str, Any]] = []
+    last: list[str | None] = []
 
     def look(variables, x):
         model = shim.merged(variables, jax.random.key(0), train=False)
-        names = {id(layer): "/".join(map(str, path)) for path, layer in nnx.iter_graph(model)}
+        names = _names(model)
 
         def conv(call: Callable, layer, inputs, *args, **kwargs):
             out = call(layer, inputs, *args, **kwargs)
@@ -166,12 +193,20 @@ def _wiring(shim: FromNNX, variables: Any, image_shape: tuple[int, int, int]) ->
                 fed.update((names[id(layer)], name) for name, out in made if out is inputs)
             return call(layer, inputs, *args, **kwargs)
 
+        def linear(call: Callable, layer, inputs, *args, **kwargs):
+            out = call(layer, inputs, *args, **kwargs)
+            dense.append((names[id(layer)], out))
+            return out
+
         # NNX has nothing that intercepts calls, as Linen has.
-        with _one_at_a_time, _watched(nnx.Conv, conv), _watched(nnx.BatchNorm, norm):
-            return model(x)
+        with (_one_at_a_time, _watched(nnx.Conv, conv), _watched(nnx.BatchNorm, norm),
+              _watched(nnx.Linear, linear)):
+            logits = model(x)
+        last.append(foreign.puts_out(dense, logits))
+        return logits
 
     jax.eval_shape(look, variables, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32))
-    return tuple(areas.items()), tuple(fed.items())
+    return {"areas": tuple(areas.items()), "fed": tuple(fed.items()), "classifier": last[0]}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,15 @@ from flax import linen as nn
 import awm_jax
 from awm_jax import metrics
 from awm_jax.defences import DEFENCES, Status, awm_purify
-from awm_jax.defences.base import EVERYTHING, HIDDEN_KERNELS, NORMS, WEIGHTS, Defence, map_weights
+from awm_jax.defences.base import (
+    CLASSIFIER,
+    EVERYTHING,
+    HIDDEN_KERNELS,
+    NORMS,
+    WEIGHTS,
+    Defence,
+    by_path,
+)
 from awm_jax.types import Arch, Batch, Params
 
 
@@ -80,11 +88,10 @@ def test_the_training_set_is_uint8(tiny, tiny_batch):
 
 def test_remits(tiny):
     def allowed(remit):
-        may = map_weights(lambda path, leaf: path if remit.weights(path, leaf) else "",
-                          tiny.weights)
-        return {path for path in jax.tree.leaves(may) if path}
+        return {path for path, may in by_path(remit.allows(tiny)).items() if may}
 
     assert allowed(HIDDEN_KERNELS) == {"conv1/kernel", "conv2/kernel"}
+    assert allowed(CLASSIFIER) == {"dense/kernel", "dense/bias"}
     assert allowed(NORMS) == {"bn1/scale", "bn1/bias", "bn2/scale", "bn2/bias"}
     assert allowed(WEIGHTS) == allowed(EVERYTHING) and len(allowed(WEIGHTS)) == 10
     assert EVERYTHING.batch_stats and not WEIGHTS.batch_stats
@@ -109,16 +116,25 @@ def _foreign(net, batch):
                             image_shape=batch.images.shape[1:])
 
 
+class _Convolutional(nn.Module):
+    """No dense layer gives its logits."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Conv(4, (3, 3))(nn.Dense(5)(x)).mean((1, 2))
+
+
 @pytest.mark.parametrize("name", ["fst", "ngd", "fp"])
-def test_what_works_on_the_last_layer_asks_for_its_name(name, tiny_batch):
-    with pytest.raises(ValueError, match="a dense layer called 'dense', it has Conv_0, head"):
-        DEFENCES[name](_foreign(_Unnamed("head"), tiny_batch), tiny_batch)
+def test_what_works_on_the_last_layer_wants_a_dense_one(name, tiny_batch):
+    with pytest.raises(ValueError, match="flax:_Convolutional to end in a dense layer whose "
+                                         "outputs are its 4 classes"):
+        DEFENCES[name](_foreign(_Convolutional(), tiny_batch), tiny_batch)
 
 
 @pytest.mark.parametrize("name, short", [("fst", {"epochs": 1}), ("ngd", {"steps": 2}),
                                          ("fp", {"epochs": 1})])
-def test_a_last_layer_without_a_bias_will_do(name, short, tiny_batch):
-    defence, suspect = DEFENCES[name], _foreign(_Unnamed("dense", bias=False), tiny_batch)
+def test_a_last_layer_of_another_name_and_without_a_bias_will_do(name, short, tiny_batch):
+    defence, suspect = DEFENCES[name], _foreign(_Unnamed("head", bias=False), tiny_batch)
     found = defence(suspect, tiny_batch, config=dataclasses.replace(defence.default, **short))
     assert found.status is not Status.NONFINITE
     assert jax.tree.structure(found.params) == jax.tree.structure(suspect)

@@ -32,7 +32,7 @@ def test_the_shift_adds_alpha_times_the_suspect_kernel(x64, monkeypatch):
     suspect = jnp.asarray(np.random.default_rng(0).normal(
         size=params.weights["dense"]["kernel"].shape))
     plain = jax.jit(tuning.plain(tuning.cross_entropy))(*args)
-    found = jax.jit(tuning.plain(shifted(tuning.cross_entropy, suspect, 0.3)))(*args)
+    found = jax.jit(tuning.plain(shifted(tuning.cross_entropy, "dense", suspect, 0.3)))(*args)
     inner = float((params.weights["dense"]["kernel"] * suspect).sum())
     assert np.isclose(found[2], plain[2] + 0.3 * inner, rtol=1e-10)
     np.testing.assert_allclose(found[0]["dense"]["kernel"],

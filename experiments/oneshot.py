@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from awm_jax import checkpoint, metrics, validate
+from awm_jax import metrics, validate
 from awm_jax.data import Dataset
 from awm_jax.defences import DEFENCES
 from awm_jax.types import Arch
-from experiments import cli, defending, hosts, networks, results, scene, sweeping
+from experiments import cli, defending, half_done, hosts, networks, results, scene, sweeping
 from experiments.sweeping import Cell
 
 
@@ -139,8 +139,7 @@ class _Book:
         if args.fresh and hosts.first():
             for path in hosts.results_files(folder):
                 results.set_aside(path)
-            for half_done in (folder / "sweep").glob("*"):
-                checkpoint.remove(half_done)
+            half_done.clear(folder / "sweep")
         hosts.wait("fresh")
         self._mine: dict[str, dict] = results.read_cells(self.path, *self._kind)
         self.read()

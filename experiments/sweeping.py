@@ -1,7 +1,6 @@
 """Many cells of the tables at once: what differs in seed, attack and settings as one program."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from awm_jax import sweep
 from awm_jax.defences import DEFENCES, AWMConfig, awm_rows, rows
 from awm_jax.defences.rows import Group, Row, Stacked
 from awm_jax.progress import Progress, waiting
-from experiments import defending
+from experiments import defending, half_done
 from experiments.scene import Scene
 
 
@@ -50,7 +49,8 @@ def defend(cells: Sequence[Cell], stage: Callable[[str], Scene], chunk: int | No
       cells: on one data set and architecture.
       stage: gives an attack's `Scene`.
       chunk: purifications at a time on each device; None for as many as fit.
-      folder: the run directory, where an interrupted sweep also keeps its state.
+      folder: the run directory, where an interrupted sweep also keeps its state, apart from other
+        sweeps': `half_done.claimed`.
 
     Yields:
       Cells that were done together, and what results.json keeps of each.
@@ -140,15 +140,9 @@ def _awm(cells: list[Cell], stages: dict[str, Scene], asked: list[Row], stacked:
         if done == total:
             progress = None
 
-    return awm_rows.purify(asked, stacked, chunk=chunk, keep=folder / "sweep" / _where(asked),
-                           on_epochs=on_epochs, tell=_tell)
-
-
-def _where(asked: list[Row]) -> str:
-    """A directory's name for the state of a program's rows, whichever of them are left to do."""
-    settings = awm_rows.static(asked[0].config.resolve(1, (32, 32, 3)))
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
-    return f"{digest}-host{jax.process_index()}"
+    with half_done.claimed(folder / "sweep", [cell.name for cell in cells]) as keep:
+        yield from awm_rows.purify(asked, stacked, chunk=chunk, keep=keep, on_epochs=on_epochs,
+                                   tell=_tell)
 
 
 def _tell(text: str) -> None:

@@ -160,8 +160,8 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
       devices: where; by default all of this process.
       keep: where the running group's state is written after every stretch, by Orbax. A sweep that
         was interrupted goes on from there, with the same chunk and to the same bits; what is there
-        of other rows is left out of account and in the end overwritten. Removed once the last group
-        was taken.
+        of other rows is left out of account and in the end overwritten, so two sweeps at once need
+        a place each. Removed once the last group was taken.
       on_epochs: called after every stretch as ``(done, total, numbers of the group's rows, their
         states, means of what is logged)``.
       tell: is given what was decided, a line at a time.
@@ -189,8 +189,10 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
     kept = None
     if meta is not None and keep is not None:
         like = jax.eval_shape(jax.vmap(_begin(settings), in_axes=(0, None)), tree, stacked)
-        kept = _load(keep, meta, rows, like)
-        tell(f"{len(meta['rows'])} rows go on after {meta['done']} of {settings.epochs} epochs")
+        kept = _interrupted(keep, meta, rows, like)
+        tell(f"{len(meta['rows'])} rows " + (
+            f"start again: what is kept of them in {keep} is damaged or another release's"
+            if kept is None else f"go on after {meta['done']} of {settings.epochs} epochs"))
     placed = epochs.place((stacked,))
     for start in _queue(len(rows), epochs.size, kept):
         names = [rows[number].name for number in start.picks]
@@ -275,15 +277,29 @@ def _kept(keep: checkpoint.Path | None, rows: Sequence[Row], chunk: int | None, 
     return meta if fits else None
 
 
+def _interrupted(keep: checkpoint.Path, meta: dict[str, Any], rows: Sequence[Row],
+                 like: tuple) -> tuple[np.ndarray, _Progress] | None:
+    """As `_load`; None for what cannot be gone on from."""
+    try:
+        return _load(keep, meta, rows, like)
+    except (OSError, ValueError):
+        return None
+
+
 def _load(keep: checkpoint.Path, meta: dict[str, Any], rows: Sequence[Row],
           like: tuple) -> tuple[np.ndarray, _Progress]:
-    """Numbers of the interrupted rows, and where they stand."""
+    """Numbers of the interrupted rows, and where they stand; OSError, ValueError for what does not
+    fit.
+    """
     count = len(meta["rows"])
     state, found = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), like)
     whole = _Progress(state, found, _nothing_yet(count, meta["done"]))
     leaves, structure = jax.tree.flatten(whole)
     read = checkpoint.load_tree(keep, {str(i): leaf for i, leaf in enumerate(leaves)})
-    progress = jax.tree.unflatten(structure, [
-        np.asarray(read[str(i)], leaf.dtype) for i, leaf in enumerate(leaves)])
+    found = [np.asarray(read[str(i)], leaf.dtype) for i, leaf in enumerate(leaves)]
+    for leaf, expected in zip(found, leaves, strict=True):  # Orbax takes any shape for any other
+        if leaf.shape != expected.shape:
+            raise ValueError(f"Expected {expected.shape} in {keep}, found {leaf.shape}.")
+    progress = jax.tree.unflatten(structure, found)
     numbers = {row.name: number for number, row in enumerate(rows)}
     return np.array([numbers[name] for name in meta["rows"]]), progress

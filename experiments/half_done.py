@@ -18,8 +18,8 @@ def claimed(folder: pathlib.Path, rows: Sequence[str]) -> Iterator[pathlib.Path]
 
     It is the place of an interrupted run whose rows are all among these, or else a new one. Within
     it may be overwritten; afterwards all that is there of these rows is removed, but not if what
-    is done within fails or is interrupted. Where the system has no locks (Windows), two runs at
-    once may take the same.
+    is done within fails or is interrupted. Where the system has no locks (Windows, some
+    clusters' file systems), two runs at once may take the same.
 
     Args:
       folder: of all states.
@@ -92,6 +92,9 @@ def _alone(place: pathlib.Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
+                return
+            except OSError:  # a file system without locks, as some of clusters are
+                yield True
                 return
             # Who had the lock may have removed the file since it was opened: then it locks nothing.
             with contextlib.suppress(FileNotFoundError):

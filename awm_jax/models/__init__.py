@@ -168,17 +168,17 @@ def features(params: Params, images: jax.Array) -> jax.Array:
     tell = getattr(net, "inputs_of", None)
     if tell is not None:
         variables = {"params": params.weights, "batch_stats": params.batch_stats}
-        return tell(variables, _normalise(params.arch, images), name)
+        return _at_least_float32(tell(variables, _normalise(params.arch, images), name))
     seen: list[jax.Array] = []
 
     def watch(call, args, kwargs, context):
         if context.method_name == "__call__" and "/".join(context.module.path) == name:
-            seen.append(args[0])
+            seen.append(foreign.first_argument(args, kwargs))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
         apply(params, images)
-    return seen[-1]
+    return _at_least_float32(seen[-1])
 
 
 def last_features(params: Params, images: jax.Array) -> jax.Array:
@@ -205,6 +205,11 @@ def last_features(params: Params, images: jax.Array) -> jax.Array:
         return features(params, images)
     _, blocks, _ = activations(params, images)
     return list(blocks.values())[-1].mean(axis=(1, 2))
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    """Of layers of lower precision, whose weights here are float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _normalise(arch: Arch, images: jax.Array) -> jax.Array:

@@ -73,8 +73,8 @@ def puts_out(made: Sequence[tuple[str, Any]], logits: Any) -> str | None:
       logits: ``[B, c]`` what the network returns.
 
     Returns:
-      The name of the layer that made the logits; else of the last with outputs of their shape, as
-      something may have been done to them; None without any.
+      The name of the layer that made the logits; else of the only one with outputs of their shape,
+      as something may have been done to them; None where that is none or several.
 
     Example:
       >>> x = jnp.ones((2, 3))
@@ -83,7 +83,17 @@ def puts_out(made: Sequence[tuple[str, Any]], logits: Any) -> str | None:
     """
     itself = [name for name, out in made if out is logits]
     alike = [name for name, out in made if out.shape == logits.shape]
-    return next(reversed(itself or alike), None)
+    return itself[-1] if itself else alike[0] if len(set(alike)) == 1 else None
+
+
+def first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a layer was called with, however it was said.
+
+    Example:
+      >>> first_argument((), {'inputs': 3})
+      3
+    """
+    return args[0] if args else kwargs["inputs"]
 
 
 def _lower_convolutions(call, args, kwargs, context):

@@ -62,10 +62,10 @@ class FromNNX(nn.Module):
         model = self.merged(variables, jax.random.key(0), train=False)
         names, seen = _names(model), []
 
-        def linear(call: Callable, layer, inputs, *args, **kwargs):
-            if names[id(layer)] == name:
-                seen.append(inputs)
-            return call(layer, inputs, *args, **kwargs)
+        def linear(call: Callable, layer, *args, **kwargs):
+            if names.get(id(layer)) == name:
+                seen.append(foreign.first_argument(args, kwargs))
+            return call(layer, *args, **kwargs)
 
         with _one_at_a_time, _watched(nnx.Linear, linear):
             model(images)
@@ -183,19 +183,20 @@ def _wiring(shim: FromNNX, variables: Any, image_shape: tuple[int, int, int]) ->
 
         def conv(call: Callable, layer, inputs, *args, **kwargs):
             out = call(layer, inputs, *args, **kwargs)
-            if out.ndim == 4:
+            if out.ndim == 4 and id(layer) in names:  # else made for this call alone
                 made.append((names[id(layer)], out))
                 areas[names[id(layer)]] = math.prod(out.shape[1:-1])
             return out
 
         def norm(call: Callable, layer, inputs, *args, **kwargs):
-            if layer.use_scale:
+            if layer.use_scale and id(layer) in names:
                 fed.update((names[id(layer)], name) for name, out in made if out is inputs)
             return call(layer, inputs, *args, **kwargs)
 
-        def linear(call: Callable, layer, inputs, *args, **kwargs):
-            out = call(layer, inputs, *args, **kwargs)
-            dense.append((names[id(layer)], out))
+        def linear(call: Callable, layer, *args, **kwargs):
+            out = call(layer, *args, **kwargs)
+            if id(layer) in names:
+                dense.append((names[id(layer)], out))
             return out
 
         # NNX has nothing that intercepts calls, as Linen has.

@@ -104,7 +104,7 @@ def classifier(arch: Arch) -> str | None:
     """The dense layer whose outputs are the logits, by its slash-joined name; None without any.
 
     Where the logits are changed once more (another type, a temperature, a logarithm of the softmax)
-    it is the last dense layer with as many outputs as there are classes.
+    it is the only dense layer with as many outputs as there are classes, if there is only one.
 
     Args:
       arch: a network, of ours or foreign.

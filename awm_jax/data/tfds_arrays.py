@@ -16,6 +16,7 @@ from awm_jax.data.store import Arrays
 # No public switch turns this look-up off for building a DatasetInfo; offline it hangs for minutes.
 gcs_utils._is_gcs_disabled = True
 
+_PACE = "about a minute for 50,000 images"  # GTSRB's 51,839 took 45 s on a core
 _CHUNK = 5000  # records decoded at a time: much faster than one by one
 
 
@@ -27,6 +28,8 @@ def prepare_and_read(builder_class: Callable, archives: pathlib.Path,
     # incomplete ones, and the arrays are what is kept.
     with _quiet(), tempfile.TemporaryDirectory(dir=cache, prefix="tfds-") as prepared:
         builder = builder_class(data_dir=prepared, file_format="array_record")
+        if not sys.stderr.isatty():  # in place of the bars
+            print(f"TFDS makes {builder.name} of the archives in {archives}: {_PACE}.", flush=True)
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
             manual_dir=archives, try_download_gcs=False))
         return read(builder)

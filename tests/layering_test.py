@@ -1,4 +1,4 @@
-"""Imports point one way (FORBIDDEN has which)."""
+"""Imports point one way (FORBIDDEN has which), and files and functions stay short."""
 
 import ast
 import pathlib
@@ -80,6 +80,20 @@ def test_rooms(path):
 ])
 def test_the_rule_finds(file, source, faults):
     assert _faults(tuple(file.split("/")), source) == faults
+
+
+def _lines(node):
+    """How many lines a function has beside its docstring."""
+    first, told = node.body[0], ast.get_docstring(node) is not None
+    return node.end_lineno - node.lineno + 1 - told * (first.end_lineno - first.lineno + 1)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_too_long(path):
+    source = path.read_text()
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    assert {node.name: _lines(node) for node in functions if _lines(node) >= 60} == {}
+    assert source.count("\n") <= 400
 
 
 def test_import_is_light():

@@ -124,9 +124,18 @@ def _finish(settings: Settings) -> Callable[..., Any]:
     return finish
 
 
+class _Programs(NamedTuple):
+    """What rows go through, with a chunk that fits all of it."""
+
+    begin: sweep.Program
+    epochs: sweep.Program
+    finish: sweep.Program | None
+    """Where something comes after the epochs."""
+
+
 def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk: int | None,
-              devices: Any) -> tuple[sweep.Program, sweep.Program, sweep.Program | None]:
-    """All programs, with a chunk that fits all; the last where something comes after the epochs."""
+              devices: Any) -> _Programs:
+    """All programs."""
     first, then = _begin(settings), _go_on(settings, every)
     last = _finish(settings) if settings.repair else None
     state = jax.eval_shape(jax.vmap(first, in_axes=(0, None)), tree, stacked)[0]
@@ -143,7 +152,7 @@ def _programs(tree: Any, stacked: Stacked, settings: Settings, every: int, chunk
         epochs = dataclasses.replace(make(then, whole, least.chunk, None), why=least.why)
     if least.chunk < begin.chunk:
         begin = make(first, tree, least.chunk, None)
-    return begin, epochs, finish
+    return _Programs(begin, epochs, finish)
 
 
 def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
@@ -184,41 +193,46 @@ def purify(rows: Sequence[Row], stacked: Stacked, *, every: int | None = None,
     meta = _kept(keep, rows, chunk, settings.epochs, every)
     if meta is not None:  # the same bits need it
         chunk = meta["chunk"]
-    begin, epochs, finish = _programs(tree, stacked, settings, every, chunk, devices)
+    programs = _programs(tree, stacked, settings, every, chunk, devices)
+    epochs = programs.epochs
     tell(epochs.why)
     kept = None
     if meta is not None and keep is not None:
         like = jax.eval_shape(jax.vmap(_begin(settings), in_axes=(0, None)), tree, stacked)
         kept = _interrupted(keep, meta, rows, like)
-        tell(f"{len(meta['rows'])} rows " + (
-            f"start again: what is kept of them in {keep} is damaged or another release's"
-            if kept is None else f"go on after {meta['done']} of {settings.epochs} epochs"))
+        tell(_what_is_kept(keep, meta, kept is not None, settings.epochs))
     placed = epochs.place((stacked,))
     for start in _queue(len(rows), epochs.size, kept):
         names = [rows[number].name for number in start.picks]
         save = None if keep is None else functools.partial(_save, keep, names, epochs.chunk)
-        started, paused, progress = time.perf_counter(), 0.0, start.progress
-        mine = sweep.take(tree, start.picks)
-        if progress is None:
-            state, found = begin.call(mine, placed)
-            progress = _Progress(state, found, _nothing_yet(len(names)))
-        while (done := progress.done) < settings.epochs:
-            progress = _further(progress, epochs, mine, placed)
-            if save is not None:
-                save(progress)
-            if on_epochs is not None:
-                pause = time.perf_counter()
-                on_epochs(done + every, settings.epochs, start.picks, progress.state,
-                          progress.latest)
-                paused += time.perf_counter() - pause
-        if finish is not None:
-            state = finish.call({**mine, "state": progress.state}, placed)
-            progress = progress._replace(state=state)
-        seconds = time.perf_counter() - started - paused
+        progress, seconds = _group(start, sweep.take(tree, start.picks), placed, programs,
+                                   settings.epochs, every, save, on_epochs)
         yield Group(start.picks, _purified(start.picks, rows, stacked, progress), seconds,
                     epochs.chunk, len(epochs.devices))
     if keep is not None:
         checkpoint.remove(keep)
+
+
+def _group(start: _Start, mine: Any, placed: Any, programs: _Programs, total: int, every: int,
+           save: Callable[[_Progress], None] | None,
+           on_epochs: Watch | None) -> tuple[_Progress, float]:
+    """One group to its end, and the seconds that it took without those of ``on_epochs``."""
+    started, paused, progress = time.perf_counter(), 0.0, start.progress
+    if progress is None:
+        state, found = programs.begin.call(mine, placed)
+        progress = _Progress(state, found, _nothing_yet(len(start.picks)))
+    while (done := progress.done) < total:
+        progress = _further(progress, programs.epochs, mine, placed)
+        if save is not None:
+            save(progress)
+        if on_epochs is not None:
+            pause = time.perf_counter()
+            on_epochs(done + every, total, start.picks, progress.state, progress.latest)
+            paused += time.perf_counter() - pause
+    if programs.finish is not None:
+        state = programs.finish.call({**mine, "state": progress.state}, placed)
+        progress = progress._replace(state=state)
+    return progress, time.perf_counter() - started - paused
 
 
 def _further(progress: _Progress, epochs: sweep.Program, mine: Any, placed: Any) -> _Progress:
@@ -284,6 +298,13 @@ def _interrupted(keep: checkpoint.Path, meta: dict[str, Any], rows: Sequence[Row
         return _load(keep, meta, rows, like)
     except (OSError, ValueError):
         return None
+
+
+def _what_is_kept(keep: checkpoint.Path, meta: dict[str, Any], fits: bool, total: int) -> str:
+    """What becomes of an interrupted group, in words."""
+    return f"{len(meta['rows'])} rows " + (
+        f"go on after {meta['done']} of {total} epochs" if fits else
+        f"start again: what is kept of them in {keep} is damaged or another release's")
 
 
 def _load(keep: checkpoint.Path, meta: dict[str, Any], rows: Sequence[Row],

@@ -1,5 +1,6 @@
 """The epochs of Adversarial Weight Masking as pure functions: jit, vmap and scan them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -79,110 +80,151 @@ def _fled(params: Params, masks: Masks, images: jax.Array, labels: jax.Array,
                        batch_size=settings.batch_size)
 
 
+class _Known(NamedTuple):
+    """What the phases of an epoch go by: data, what `_fled` gives, state, settings, and what
+    follows from these.
+    """
+
+    params: Params
+    images: jax.Array
+    labels: jax.Array
+    fled: jax.Array | None
+    state: AWMState
+    settings: Settings
+    all_to_all: jax.Array
+    taus: jax.Array
+    alpha: jax.Array
+
+
 def _problem(params: Params, images: jax.Array, labels: jax.Array, fled: jax.Array | None,
              state: AWMState, settings: Settings) -> bilevel.Problem:
     """Algorithm 1 as the four functions that `bilevel.epoch` drives.
 
     ``fled`` is what `_fled` gives. The state keeps the triggers of earlier epochs: masks that only
     answer the newest one let go of what they had erased before, as soon as the search finds
-    something else.
-
-    With a survey, the second epoch starts from its most damaging trigger: the first steps move the
-    masks most, and on ten images a search from zero rarely meets the backdoor. With ``pursuit``,
-    every second trigger after it goes for that trigger's class: masks that erase one way into it
-    can open another, and a search away from the network's answers does not look there. Its bound is
-    larger, as published triggers are (a watermark's L1 norm is near 200).
-
-    Where the survey suspects an all-to-all backdoor, every search is for a dispersal and goes on
-    from the last one: away from the network's answers there are only its natural weaknesses, which
-    are stronger. What such a trigger does is weak too, so the images that carry it weigh more.
-
-    Where it suspects several triggers of one class, every search goes for that class: once the
-    strongest is erased the others drive less far than what other classes have by nature, and among
-    triggers towards those they would not be erased.
-
-    Where the suspect answers to a warp, every search is for a warp away from the network's answers,
-    which finds this backdoor and no other.
+    something else. What a trigger of an all-to-all backdoor does is weak, so the images that carry
+    it weigh more.
     """
-    triggers, suspect = state.triggers, state.suspect
-    all_to_all = suspect == params.arch.num_classes
+    all_to_all = state.suspect == params.arch.num_classes
     taus = jnp.asarray(settings.taus, jnp.float32)
     alpha = jnp.where(all_to_all, settings.all_to_all_alpha,
                       jnp.where(state.several, settings.several_alpha, settings.alpha))
+    known = _Known(params, images, labels, fled, state, settings, all_to_all, taus, alpha)
+    return bilevel.Problem(functools.partial(_start, known), functools.partial(_ascend, known),
+                           functools.partial(_settle, known), functools.partial(_descend, known))
 
-    def pursues(epoch):
-        turn = (epoch % 2 == 1) & (epoch >= settings.pursuit_start) & (suspect >= 0)
-        return turn | all_to_all | state.several
 
-    def bound(epoch):
-        tau = taus[epoch % len(taus)]
-        if not settings.pursuit:
-            return tau
-        return jnp.where(pursues(epoch) & ~all_to_all, settings.pursuit * tau, tau)
+def _pursues(known: _Known, epoch: jax.Array) -> jax.Array:
+    """Whether the epoch's trigger goes for the suspect, not away from the network's answers.
 
-    def start(key, epoch, outer):
-        del key, outer
-        nothing = jnp.zeros(images.shape[1:], images.dtype)
-        if state.warps is None:  # no survey
-            return nothing, None
-        first = jnp.where(epoch == 0, settings.epochs, epoch - 1)
-        place = jnp.where(all_to_all, first, settings.epochs)
-        known = all_to_all | (epoch == 1)
-        return (jnp.where(known, triggers[place], nothing),
-                jnp.where(known & state.bends, state.warps[place], 0.0))
+    With ``pursuit``, every second one does: masks that erase one way into the suspect class can
+    open another, and a search away from the network's answers does not look there.
 
-    def ascend(key, epoch, inner, outer):
-        x, y = awm_batches.minibatch(key, images, labels if fled is None else fled, settings)
-        (delta, warp), (masks, _) = inner, outer
-        if fled is None:
-            y = models.apply(params, x, masks=masks).argmax(axis=1)
-        towards = (pursues(epoch) & ~state.bends, suspect) if settings.pursuit else None
-        gradient, slope = awm_losses.trigger_gradient(
-            params, masks, delta, x, y, clamp=settings.clamp_inner, towards=towards, warp=warp)
-        if settings.l2_weight:  # the slope of ||d||_2, none at zero
-            gradient = gradient + settings.l2_weight * projections.unit(delta)
-        if settings.normalised:
-            gradient = projections.unit(gradient)
-        ahead = delta + settings.inner_lr * gradient
-        if settings.sparse:
-            ahead = jnp.clip(projections.l1_ball(ahead, bound(epoch)), -1.0, 1.0)
-        if slope is None:
-            return ahead, None
-        return (jnp.where(state.bends, delta, ahead),
-                jnp.where(state.bends, warps.ascend(warp, slope), warp))
+    Where an all-to-all backdoor is suspected, every search is for a dispersal: away from the
+    network's answers there are only its natural weaknesses, which are stronger. Where several
+    triggers of one class are, every search goes for that class: once the strongest is erased the
+    others drive less far than what other classes have by nature, and among triggers towards those
+    they would not be erased.
+    """
+    state, settings = known.state, known.settings
+    turn = (epoch % 2 == 1) & (epoch >= settings.pursuit_start) & (state.suspect >= 0)
+    return turn | known.all_to_all | state.several
 
-    def settle(epoch, inner):
-        delta, warp = inner
-        if settings.sparse or settings.bound == "none":
-            return inner
-        scale = projections.scale_to_l2 if settings.bound == "l2" else projections.scale_to_l1
-        return scale(delta, bound(epoch)), warp
 
-    def descend(key, epoch, inner, outer):
-        masks, opt_state = outer
-        key_batch, key_replay = jax.random.split(key)
-        x, target = awm_batches.minibatch(key_batch, images, labels, settings)
-        if settings.replay:
-            inner = awm_batches.replayed(key_replay, inner, (triggers, state.warps), epoch,
-                                         settings)
-        delta, warp = inner
-        if warp is not None:  # what a warp makes of an image, as what is added to it
-            delta = delta + (warps.bend(x, warp) - x)
-        if settings.objective == "distil":
-            target = jax.nn.softmax(models.apply(params, x))
+def _bound(known: _Known, epoch: jax.Array) -> jax.Array:
+    """The bound of an epoch's trigger, larger where it pursues one class.
 
-        gradients, info = awm_losses.mask_gradient(params, masks, delta, x, target, settings,
-                                                   alpha)
-        directions, opt_state = _ADAM.update(gradients, opt_state, masks)
-        rate = _rate(epoch, all_to_all | state.bends, settings)
-        stepped = masking.clip(jax.tree.map(lambda m, d: m - rate * d, masks, directions))
-        if settings.monotone:
-            stepped = jax.tree.map(jnp.minimum, stepped, masks)
-        if settings.spare and not settings.spared:
-            stepped = awm_spare.spared(stepped, masks, all_to_all, params.arch)
-        return (stepped, opt_state), info
+    As published triggers are: a watermark's L1 norm is near 200.
+    """
+    tau = known.taus[epoch % len(known.taus)]
+    if not known.settings.pursuit:
+        return tau
+    return jnp.where(_pursues(known, epoch) & ~known.all_to_all, known.settings.pursuit * tau, tau)
 
-    return bilevel.Problem(start, ascend, settle, descend)
+
+def _start(known: _Known, key: jax.Array, epoch: jax.Array, outer: Any) -> tuple:
+    """Trigger and warp before the first ascent: zeros, or what was found before.
+
+    With a survey, the second epoch starts from its most damaging trigger: the first steps move the
+    masks most, and on ten images a search from zero rarely meets the backdoor. A dispersal goes on
+    from the last one.
+    """
+    del key, outer
+    state, settings, all_to_all = known.state, known.settings, known.all_to_all
+    nothing = jnp.zeros(known.images.shape[1:], known.images.dtype)
+    if state.warps is None:  # no survey
+        return nothing, None
+    first = jnp.where(epoch == 0, settings.epochs, epoch - 1)
+    place = jnp.where(all_to_all, first, settings.epochs)
+    found = all_to_all | (epoch == 1)
+    return (jnp.where(found, state.triggers[place], nothing),
+            jnp.where(found & state.bends, state.warps[place], 0.0))
+
+
+def _ascend(known: _Known, key: jax.Array, epoch: jax.Array, inner: tuple, outer: tuple) -> tuple:
+    """One step of the trigger, or of the warp where the suspect answers to one.
+
+    A warp always leads away from the network's answers, which finds this backdoor and no other.
+    """
+    params, state, settings = known.params, known.state, known.settings
+    away = known.labels if known.fled is None else known.fled
+    x, y = awm_batches.minibatch(key, known.images, away, settings)
+    (delta, warp), (masks, _) = inner, outer
+    if known.fled is None:
+        y = models.apply(params, x, masks=masks).argmax(axis=1)
+    towards = None
+    if settings.pursuit:
+        towards = _pursues(known, epoch) & ~state.bends, state.suspect
+    gradient, slope = awm_losses.trigger_gradient(
+        params, masks, delta, x, y, clamp=settings.clamp_inner, towards=towards, warp=warp)
+    if settings.l2_weight:  # the slope of ||d||_2, none at zero
+        gradient = gradient + settings.l2_weight * projections.unit(delta)
+    if settings.normalised:
+        gradient = projections.unit(gradient)
+    ahead = delta + settings.inner_lr * gradient
+    if settings.sparse:
+        ahead = jnp.clip(projections.l1_ball(ahead, _bound(known, epoch)), -1.0, 1.0)
+    if slope is None:
+        return ahead, None
+    return (jnp.where(state.bends, delta, ahead),
+            jnp.where(state.bends, warps.ascend(warp, slope), warp))
+
+
+def _settle(known: _Known, epoch: jax.Array, inner: tuple) -> tuple:
+    """The trigger scaled to its bound, where the steps did not keep it there."""
+    (delta, warp), settings = inner, known.settings
+    if settings.sparse or settings.bound == "none":
+        return inner
+    scale = projections.scale_to_l2 if settings.bound == "l2" else projections.scale_to_l1
+    return scale(delta, _bound(known, epoch)), warp
+
+
+def _descend(known: _Known, key: jax.Array, epoch: jax.Array, inner: tuple,
+             outer: tuple) -> tuple[tuple, AWMInfo]:
+    """One step of the masks, against the trigger or, with ``replay``, those of earlier epochs."""
+    params, state, settings = known.params, known.state, known.settings
+    masks, opt_state = outer
+    key_batch, key_replay = jax.random.split(key)
+    x, target = awm_batches.minibatch(key_batch, known.images, known.labels, settings)
+    if settings.replay:
+        inner = awm_batches.replayed(key_replay, inner, (state.triggers, state.warps), epoch,
+                                     settings)
+    delta, warp = inner
+    if warp is not None:  # what a warp makes of an image, as what is added to it
+        delta = delta + (warps.bend(x, warp) - x)
+    if settings.objective == "distil":
+        target = jax.nn.softmax(models.apply(params, x))
+
+    gradients, info = awm_losses.mask_gradient(params, masks, delta, x, target, settings,
+                                               known.alpha)
+    directions, opt_state = _ADAM.update(gradients, opt_state, masks)
+    rate = _rate(epoch, known.all_to_all | state.bends, settings)
+    stepped = masking.clip(jax.tree.map(lambda m, d: m - rate * d, masks, directions))
+    if settings.monotone:
+        stepped = jax.tree.map(jnp.minimum, stepped, masks)
+    if settings.spare and not settings.spared:
+        stepped = awm_spare.spared(stepped, masks, known.all_to_all, params.arch)
+    return (stepped, opt_state), info
 
 
 def look(key: jax.Array, params: Params, images: jax.Array, labels: jax.Array,

@@ -196,6 +196,11 @@ def test_a_perceptrons_classifier_has_neither_masks_nor_neurons(batch):
     np.testing.assert_array_equal(found["out"]["kernel"], params.weights["out"]["kernel"])
 
 
+def test_of_two_heads_neither_is_a_neuron():
+    assert list(neurons.ones(_foreign(Ends(lambda x: _two(nn.Dense(7, name="in")(x))))).weight) == [
+        "in"]
+
+
 def test_awm_leaves_a_perceptrons_classifier(batch):
     import awm_jax
 

@@ -18,11 +18,11 @@ from awm_jax.command.options import (
     seed,
     share,
 )
+from awm_jax.defences import Status
 
-_FINE = ("OK", "NOT_CONVERGED")
-EXITS = ("exit status: 0: done, whatever the verdict; 2: an error, nothing was written; 3: a "
-         "network was written, but over a tenth of the images changed their class, or it ended "
-         "too soon (see its report before you use it); 130: interrupted")
+EXITS = ("exit status: 0: done, whatever the verdict; 2: an error, told in one line; 3: a network "
+         "was written, but over a tenth of the images changed their class, or it ended too soon "
+         "(see its report before you use it); 130: interrupted")
 
 
 class _Normalise(argparse.Action):
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, of which `EXITS` has the meanings."""
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(given)
-    ended: list[str] = []
+    ended: list[Status] = []
 
     def job():
         from awm_jax.command import jobs  # plots and pages: not for --help
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "scan":
             jobs.scan(args)
         else:
-            ended.append(jobs.purify(args).name)
+            ended.append(jobs.purify(args))
 
     status = run(f"awm-jax {args.command}", job, stopped=FROM_THE_START)
-    return 3 if status == 0 and ended and ended[0] not in _FINE else status
+    doubtful = set(ended) - {Status.OK, Status.NOT_CONVERGED}
+    return 3 if status == 0 and doubtful else status

@@ -1,4 +1,4 @@
-"""What a scan found, kept for the purification that mostly follows it: it takes minutes to find."""
+"""What a scan found, kept for the purification that mostly follows it and wants the same."""
 
 import contextlib
 import hashlib

@@ -42,7 +42,8 @@ def ones(params: Params) -> Factors:
 
     They are the BatchNorm channels. In a network without BatchNorm they are the output channels of
     all convolutions and dense layers but the last one, whose outputs are classes, not neurons (the
-    counts of ANP's Tables 5 and 6 leave them out too).
+    counts of ANP's Tables 5 and 6 leave them out too): `awm_jax.models.classifier`, or, where no
+    one layer gives the logits, all dense layers as wide as there are classes.
 
     Args:
       params: the network.
@@ -65,7 +66,10 @@ def ones(params: Params) -> Factors:
         classifier = models.classifier(params.arch)
         kernels = {path.rpartition("/")[0]: leaf for path, leaf in leaves.items()
                    if path.endswith("kernel")}
-        owners = {name: leaf for name, leaf in kernels.items() if name != classifier}
+        wide = {name for name, leaf in kernels.items()
+                if leaf.ndim == 2 and leaf.shape[-1] == params.arch.num_classes}
+        apart = wide if classifier is None else {classifier}
+        owners = {name: leaf for name, leaf in kernels.items() if name not in apart}
     if not owners:
         raise ValueError("Expected BatchNorm layers, convolutions or hidden dense layers to prune, "
                          f"found only: {', '.join(leaves)}.")

@@ -24,6 +24,7 @@ __all__ = ["MODELS", "activations", "apply", "apply_train", "check", "classifier
            "deep_convolutions", "features", "last_features", "layer", "module", "movable",
            "needed_classifier", "norm_inputs", "norm_moments", "with_layer"]
 
+
 def apply(params: Params, images: jax.Array, *, masks: Masks | None = None) -> jax.Array:
     """Logits ``f(x; m * w)`` with frozen BatchNorm statistics and no dropout.
 
